@@ -1,0 +1,149 @@
+"""Keeps the run inside its budget: makes plans, corrects them by what was measured, lowers them when they overrun.
+
+Knows the planner; nothing of sessions, files or how memory is measured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+from edgetune.bundle import Manifest
+from edgetune.planning.plan import Plan, make_plan
+from edgetune.planning.spectra import Calibration, identity_calibration
+
+ALWAYS_THERE = ("runtime", "weights", "parameters", "optimizer", "bases")
+"""The lines of a plan's ledger that are resident in every phase."""
+
+
+@dataclass(frozen=True)
+class PlanRequest:
+    """What the user asked of the plan. Stored with a checkpoint: a plan is kept only while the request is the same."""
+
+    batch: int
+    budget_bytes: int | None
+    activation_budget_bytes: int | None
+    epsilon: float | None
+
+
+class Budgeter:
+    """Holds the plan in force.
+
+    Args:
+        runtime_bytes: what the process takes before anything of the plan is allocated.
+
+    Raises:
+        BudgetError: no plan fits the request (from every method that plans).
+    """
+
+    def __init__(self, manifest: Manifest, request: PlanRequest, runtime_bytes: int) -> None:
+        self.manifest, self.request, self.runtime_bytes = manifest, request, runtime_bytes
+        self.corrected = False
+        self._most_measured_bytes = 0
+        self.plan = self._make(None, 0, request.epsilon)
+
+    def replan(self, calibration: Calibration | None) -> Plan:
+        """Plan anew for a new calibration, with the correction known so far; return the plan in force."""
+        epsilon = None if self._gave_way() else self.request.epsilon
+        self.plan = self._make(calibration, self.plan.correction_bytes, epsilon)
+        return self.plan
+
+    def settle(self, resident_bytes: int) -> Plan | None:
+        """Plan anew if more is resident between two phases than the lines that are always there; else return None.
+
+        Without a budget there is nothing to protect, and nothing is done.
+        """
+        ledger = self.plan.ledger
+        excess_bytes = resident_bytes - sum(ledger.get(line, 0) for line in ALWAYS_THERE)
+        if self.request.budget_bytes is None or excess_bytes <= self.plan.correction_bytes:
+            return None
+        epsilon = None if self._gave_way() else self.request.epsilon
+        self.plan = self._make(self.plan.calibration, excess_bytes, epsilon)
+        return self.plan
+
+    def adopt(self, plan: Plan, calibration: Calibration | None, *, corrected: bool) -> Plan:
+        """Put a stored plan in force; without a calibration its bases are the unit ones, as when it was made."""
+        if calibration is None and plan.ranks:
+            calibration = identity_calibration(self.manifest, self.request.batch)
+        self.plan = dataclasses.replace(plan, calibration=calibration)
+        self.corrected = corrected
+        return self.plan
+
+    def overrun(self, measured_bytes: int, *, resettable: bool) -> bool:
+        """Return whether a step's measured peak is over the budget.
+
+        Args:
+            resettable: whether the meter starts anew for each step; where not, only a peak higher than all before
+                says anything of this step.
+        """
+        higher = measured_bytes > self._most_measured_bytes
+        self._most_measured_bytes = max(self._most_measured_bytes, measured_bytes)
+        budget = self.request.budget_bytes
+        return budget is not None and measured_bytes > budget and (resettable or higher)
+
+    def correct(self, measured_bytes: int) -> Plan:
+        """Plan anew with the difference between a step's measured and predicted peak, of either sign.
+
+        With a given epsilon that no longer fits the budget, the budget wins: the largest epsilon that fits is taken.
+        """
+        correction = measured_bytes - (self.plan.predicted_peak_bytes - self.plan.correction_bytes)
+        epsilon = self.request.epsilon
+        if epsilon is not None and self.request.budget_bytes is not None:
+            if measured_bytes > self.request.budget_bytes or self._gave_way():
+                epsilon = None
+        self.corrected = True
+        self.plan = self._make(self.plan.calibration, correction, epsilon)
+        return self.plan
+
+    def _gave_way(self) -> bool:
+        asked = self.request.epsilon
+        return asked is not None and self.plan.epsilon is not None and self.plan.epsilon != asked
+
+    def _make(self, calibration: Calibration | None, correction_bytes: int, epsilon: float | None) -> Plan:
+        return make_plan(
+            self.manifest,
+            batch=self.request.batch,
+            calibration=calibration,
+            budget_bytes=self.request.budget_bytes,
+            activation_budget_bytes=self.request.activation_budget_bytes,
+            epsilon=epsilon,
+            runtime_bytes=self.runtime_bytes,
+            correction_bytes=correction_bytes,
+        )
+
+
+def summary(plan: Plan) -> dict[str, Any]:
+    """Return what the run log and the status say of a plan."""
+    return {
+        "epsilon": plan.epsilon,
+        "ranks": {name: dict(modes) for name, modes in plan.ranks.items()},
+        "batch": plan.batch,
+        "micro_batch": plan.micro_batch,
+        "predicted_peak_bytes": plan.predicted_peak_bytes,
+        "budget_bytes": plan.budget_bytes,
+        "saved_bytes": plan.saved_bytes,
+        "dense_saved_bytes": plan.dense_saved_bytes,
+        "correction_bytes": plan.correction_bytes,
+        "bottleneck": plan.bottleneck,
+    }
+
+
+def same_shape(one: Plan, other: Plan) -> bool:
+    """Return whether two plans differ in nothing that a session would notice."""
+    return (
+        one.ranks == other.ranks
+        and one.calibration is other.calibration
+        and (one.batch, one.micro_batch) == (other.batch, other.micro_batch)
+    )
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where the C library can, so that the next peak does not include it."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        pass

@@ -1,0 +1,171 @@
+"""Checkpoints: the whole state of a run in one safetensors file whose name holds its SHA-256.
+
+``checkpoint-<step>.<sha256>.safetensors`` appears by a rename, so it is complete or absent, and any later damage shows.
+The last two are kept. The file is written piece by piece (the format is a length, a JSON header and raw bytes), because
+a library that first joins everything in memory would double the state's size just when the budget is tight.
+Knows arrays and JSON; nothing of what they mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from edgetune.agent.storage import guard
+from edgetune.bundle import Array, sha256_of, sync_directory
+from edgetune.errors import StateError
+
+SCHEMA_VERSION = 1
+KEPT = 2
+_NAME = re.compile(r"checkpoint-(\d{8,})\.([0-9a-f]{64})\.safetensors")
+_PIECE_BYTES = 1 << 20
+_DTYPES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16",
+    "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint: ``tensors`` is the session's state, ``position`` all else (plain JSON data)."""
+
+    path: Path
+    step: int
+    tensors: Mapping[str, Array]
+    position: Mapping[str, Any]
+
+
+def write(directory: Path, step: int, tensors: Mapping[str, Array], position: Mapping[str, Any]) -> Path:
+    """Write a checkpoint and return its path; it is on the disk, under its final name, when this returns.
+
+    Raises:
+        StorageError: the disk refused; every earlier checkpoint is untouched.
+    """
+    temporary = directory / f"checkpoint-{step:08d}.tmp"
+    with guard(f"cannot write a checkpoint into {directory}"):
+        try:
+            digest = hashlib.sha256()
+            with temporary.open("wb") as stream:
+
+                def put(piece: bytes | memoryview) -> None:
+                    digest.update(piece)
+                    stream.write(piece)
+
+                put(_header(tensors, {"schema": SCHEMA_VERSION, "step": step, **position}))
+                for name in sorted(tensors):
+                    raw = np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data
+                    for start in range(0, len(raw), _PIECE_BYTES):
+                        put(raw[start : start + _PIECE_BYTES])
+                stream.flush()
+                os.fsync(stream.fileno())
+            final = directory / f"checkpoint-{step:08d}.{digest.hexdigest()}.safetensors"
+            os.replace(temporary, final)
+            sync_directory(directory)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
+    return final
+
+
+def listed(directory: Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of every file named as a checkpoint, the newest first; nothing is verified."""
+    found = []
+    for path in directory.glob("checkpoint-*.safetensors"):
+        match = _NAME.fullmatch(path.name)
+        if match is not None:
+            found.append((int(match[1]), path.stat().st_mtime_ns, path))
+    return [(step, path) for step, _, path in sorted(found, reverse=True)]
+
+
+def verified(path: Path) -> bool:
+    """Return whether the file's content is the one its name promises."""
+    match = _NAME.fullmatch(path.name)
+    try:
+        return match is not None and sha256_of(path) == match[2]
+    except OSError:
+        return False
+
+
+def load_newest(directory: Path, damaged: Callable[[Path], None]) -> Checkpoint | None:
+    """Return the newest intact checkpoint, or None when there is none at all.
+
+    Args:
+        damaged: called with every newer file whose content is not what its name promises.
+
+    Raises:
+        StateError: there are checkpoints but none is intact, or it is of another version.
+    """
+    paths = listed(directory)
+    for step, path in paths:
+        if not verified(path):
+            damaged(path)
+            continue
+        position = read_position(path)
+        with safe_open(path, framework="numpy") as stream:
+            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
+        return Checkpoint(path, step, tensors, position)
+    if paths:
+        raise StateError(
+            f"none of the {len(paths)} checkpoints in {directory} is intact; restore them from a copy, or move the "
+            "directory away to start anew"
+        )
+    return None
+
+
+def read_position(path: Path) -> dict[str, Any]:
+    """Return the position that a checkpoint holds, without loading its tensors.
+
+    Raises:
+        StateError: unreadable, or of another version.
+    """
+    try:
+        with safe_open(path, framework="numpy") as stream:
+            metadata = stream.metadata() or {}
+        position: dict[str, Any] = json.loads(metadata.get("edgetune", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise StateError(f"the checkpoint {path} cannot be read ({error})") from None
+    if position.get("schema") != SCHEMA_VERSION:
+        raise StateError(
+            f"the checkpoint {path} has version {position.get('schema')!r}; this EdgeTune knows version "
+            f"{SCHEMA_VERSION}: use the version that wrote it, or a new state directory"
+        )
+    return position
+
+
+def prune(directory: Path) -> int:
+    """Delete all but the newest :data:`KEPT` checkpoints and return the step of the oldest one left (0: none)."""
+    paths = listed(directory)
+    for _, path in paths[KEPT:]:
+        path.unlink(missing_ok=True)
+    return paths[min(len(paths), KEPT) - 1][0] if paths else 0
+
+
+def set_aside(path: Path) -> None:
+    """Rename a damaged checkpoint so that it is neither read nor counted again."""
+    with guard(f"cannot rename the damaged checkpoint {path}"):
+        os.replace(path, path.with_suffix(".damaged"))
+
+
+def _header(tensors: Mapping[str, Array], position: Mapping[str, Any]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {"edgetune": json.dumps(position, sort_keys=True)}}
+    offset = 0
+    for name in sorted(tensors):
+        value = tensors[name]
+        entries[name] = {
+            "dtype": _DTYPES[value.dtype.name],
+            "shape": list(value.shape),
+            "data_offsets": [offset, offset + value.nbytes],
+        }
+        offset += value.nbytes
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that the data begins at a multiple of 8
+    return len(text).to_bytes(8, "little") + text

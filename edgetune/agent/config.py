@@ -1,0 +1,88 @@
+"""What a run is asked to do: one frozen value, checked as a whole. Knows nothing of how it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from edgetune.errors import UsageError, choices
+
+DEFAULT_BATCH = 16
+DEFAULT_SEED = 0
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """The settings of one run.
+
+    Attributes:
+        data: the folder with the samples. state: the agent's own directory.
+        budget_bytes: what the whole process may take; None = no limit.
+        activation_budget_bytes: bytes saved for the backward pass; None = no limit.
+        engine: name of the engine, ``auto`` to choose.
+        batch, seed: None = those that the state directory was made with, else the defaults.
+        epsilon: energy kept per mode; None = the largest that fits the budget.
+        max_steps: train until this step number of the state directory (resumed steps count); None = no limit.
+        epochs: passes over every sample.
+        once: take what is there, train and stop; otherwise watch the folder.
+        holdout: every k-th new sample per class is held out; 0 = none.
+        checkpoint_every: steps between two checkpoints.
+        hyper: hyper-parameters of the optimizer that differ from the bundle's.
+        quiet: print nothing but errors.
+        calibration_batches: batches whose Gram matrices are summed before training begins.
+        settle_seconds: a file that cannot be decoded is retried until it has not changed for this long.
+        rescan_seconds: the folder is listed again at least this often, whether or not a change was reported.
+    """
+
+    data: Path
+    state: Path
+    budget_bytes: int | None = None
+    activation_budget_bytes: int | None = None
+    engine: str = "auto"
+    batch: int | None = None
+    epsilon: float | None = None
+    max_steps: int | None = None
+    epochs: int = 1
+    once: bool = False
+    holdout: int = 5
+    checkpoint_every: int = 20
+    hyper: Mapping[str, float] = field(default_factory=dict)
+    seed: int | None = None
+    quiet: bool = False
+    calibration_batches: int = 2
+    settle_seconds: float = 1.0
+    rescan_seconds: float = 5.0
+
+    def check(self, known_scalars: Mapping[str, float]) -> None:
+        """Refuse impossible settings, all of them in one message.
+
+        Args:
+            known_scalars: the hyper-parameters that the bundle's optimizer has.
+
+        Raises:
+            UsageError: at least one setting is wrong.
+        """
+        wrong = []
+        for name, value, least in (
+            ("--batch", self.batch, 1),
+            ("--epochs", self.epochs, 1),
+            ("--max-steps", self.max_steps, 0),
+            ("--holdout", self.holdout, 0),
+            ("--checkpoint-every", self.checkpoint_every, 1),
+            ("--seed", self.seed, 0),
+        ):
+            if value is not None and value < least:
+                wrong.append(f"{name} is {value}; it must be at least {least}")
+        if self.holdout == 1:
+            wrong.append("--holdout 1 would hold out every sample; give 0 (none) or at least 2")
+        if self.epsilon is not None and not 0 < self.epsilon <= 1:
+            wrong.append(f"--epsilon is {self.epsilon}; it must lie in (0, 1]")
+        unknown = set(self.hyper) - set(known_scalars)
+        if unknown:
+            wrong.append(
+                f"this bundle's optimizer has no {choices('--' + name.replace('_', '-') for name in unknown)}; "
+                f"it has: {choices('--' + name.replace('_', '-') for name in known_scalars)}"
+            )
+        if wrong:
+            raise UsageError("; ".join(wrong))

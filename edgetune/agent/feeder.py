@@ -1,0 +1,102 @@
+"""From ledger rows to features: decodes one micro-batch of files at a time and runs the trunk on it.
+
+Never more than a micro-batch of decoded samples is in memory. Knows the source, the decoder, the ledger's rows and a
+session; nothing of steps or checkpoints.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from edgetune.agent.images import Decoder
+from edgetune.agent.ledger import Sample
+from edgetune.agent.parts import Session
+from edgetune.agent.sources import FolderSource
+from edgetune.bundle import Array
+from edgetune.errors import DataError
+
+
+@dataclass
+class Fed:
+    """One batch. ``features`` are [b, ...] arrays, ``labels`` [b] int64, ``samples`` the b rows; ``bad`` lists the
+    rows that could not be read any more, each with the reason; ``seconds`` holds the phases decode and trunk."""
+
+    features: tuple[Array, ...] = ()
+    labels: Array = field(default_factory=lambda: np.empty(0, np.int64))
+    samples: list[Sample] = field(default_factory=list)
+    bad: list[tuple[Sample, str]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: {"decode": 0.0, "trunk": 0.0})
+
+
+class Feeder:
+    """Reads samples and turns them into features."""
+
+    def __init__(self, source: FolderSource, decoder: Decoder) -> None:
+        self.source, self.decoder = source, decoder
+
+    def load(self, sample: Sample) -> Array:
+        """Return one decoded sample.
+
+        Raises:
+            DataError: the file is gone, damaged, or not the one that was recorded.
+        """
+        data = self.source.read(sample.path)
+        if hashlib.sha256(data).hexdigest() != sample.sha256:
+            raise DataError("its content changed after it was recorded")
+        return self.decoder.decode(data)
+
+    def feed(self, take: Callable[[], Sample | None], count: int, session: Session, micro_batch: int) -> Fed:
+        """Return a batch of up to ``count`` samples that ``take`` gives one by one (None: there are no more).
+
+        A sample that cannot be read is listed as bad and replaced by the next, so a batch is short only where the
+        samples end.
+        """
+        fed = Fed()
+        images = np.empty((min(micro_batch, count), *self.decoder.shape), np.float32)
+        while len(fed.samples) < count:
+            waiting = self._fill(images[: count - len(fed.samples)], take, fed)
+            if not waiting:
+                break
+            started = time.perf_counter()
+            outputs = session.features(images[: len(waiting)])
+            if not fed.features:
+                # Allocated once at full size: joining pieces at the end would hold the features twice.
+                fed.features = tuple(np.empty((count, *value.shape[1:]), value.dtype) for value in outputs)
+            at = len(fed.samples)
+            for whole, piece in zip(fed.features, outputs, strict=True):
+                whole[at : at + len(waiting)] = piece
+            fed.samples += waiting
+            fed.seconds["trunk"] += time.perf_counter() - started
+        fed.features = tuple(value[: len(fed.samples)] for value in fed.features)
+        fed.labels = np.array([sample.label for sample in fed.samples], np.int64)
+        return fed
+
+    def images(self, samples: Iterable[Sample], micro_batch: int) -> Iterator[Fed]:
+        """Yield decoded samples by the micro-batch: ``features`` is then the one array of images."""
+        rows = iter(samples)
+        images = np.empty((micro_batch, *self.decoder.shape), np.float32)
+        while True:
+            fed = Fed()
+            fed.samples = self._fill(images, lambda: next(rows, None), fed)
+            fed.features = (images[: len(fed.samples)],)
+            fed.labels = np.array([sample.label for sample in fed.samples], np.int64)
+            yield fed
+            if len(fed.samples) < micro_batch:
+                return
+
+    def _fill(self, images: Array, take: Callable[[], Sample | None], fed: Fed) -> list[Sample]:
+        """Decode samples into ``images`` until it is full or there are no more; return the rows that are in it."""
+        started, waiting = time.perf_counter(), list[Sample]()
+        while len(waiting) < len(images) and (sample := take()) is not None:
+            try:
+                images[len(waiting)] = self.load(sample)
+                waiting.append(sample)
+            except DataError as error:
+                fed.bad.append((sample, str(error)))
+        fed.seconds["decode"] += time.perf_counter() - started
+        return waiting

@@ -1,0 +1,143 @@
+"""From the folder to the ledger: every file is read once, checked, and becomes a sample or a quarantined entry.
+
+Knows the source, the decoder and the ledger; nothing of training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from edgetune.agent.images import Decoder
+from edgetune.agent.ledger import Ledger, Sample
+from edgetune.agent.sources import FolderSource, Found
+from edgetune.errors import DataError
+
+_ROWS_PER_COMMIT = 256
+
+
+@dataclass
+class Taken:
+    """What one look at the folder brought: new rows of the ledger, and how many files are not settled yet."""
+
+    accepted: list[Sample] = field(default_factory=list)
+    quarantined: list[Sample] = field(default_factory=list)
+    unsettled: int = 0
+
+
+@dataclass
+class _Unsettled:
+    stat: tuple[int, int]
+    since: float
+
+
+class Intake:
+    """Looks at the folder and records what is new in it.
+
+    A file that cannot be decoded may still be written: it is tried again at every look until it has not changed for
+    ``settle_seconds`` (by its own modification time, or since it was first seen so), then quarantined.
+    """
+
+    def __init__(
+        self, source: FolderSource, decoder: Decoder, ledger: Ledger, *, holdout: int, settle_seconds: float
+    ) -> None:
+        self.source, self.decoder, self.ledger = source, decoder, ledger
+        self.holdout = holdout
+        self.settle_seconds = settle_seconds
+        self._unsettled: dict[str, _Unsettled] = {}
+
+    def look(self, stopping: Callable[[], bool]) -> Taken:
+        """Record everything new; stop early (between files) when ``stopping()``.
+
+        Raises:
+            StorageError: the ledger could not be written; what was not recorded is found again at the next look.
+        """
+        taken, ready = Taken(), []
+        for found in self.source.scan():
+            if stopping():
+                break
+            step = self._examine(found)
+            if step is not None:
+                ready.append(step)
+            if len(ready) >= _ROWS_PER_COMMIT:
+                self._commit(ready, taken)
+        self._commit(ready, taken)
+        taken.unsettled = len(self._unsettled)
+        return taken
+
+    def look_until_settled(self, stopping: Callable[[], bool], sleep: Callable[[float], None] = time.sleep) -> Taken:
+        """Look until every file is settled one way or the other: what ``--once`` does."""
+        total = self.look(stopping)
+        while total.unsettled and not stopping():
+            sleep(max(0.05, self.settle_seconds / 5))
+            more = self.look(stopping)
+            total = Taken(total.accepted + more.accepted, total.quarantined + more.quarantined, more.unsettled)
+        return total
+
+    def _commit(self, ready: list[Callable[[], Sample | None]], taken: Taken) -> None:
+        if not ready:
+            return
+        rows = []
+        with self.ledger.transaction():
+            for record in ready:
+                rows.append(record())
+        ready.clear()
+        for row in rows:
+            if row is not None:
+                (taken.quarantined if row.status == "quarantined" else taken.accepted).append(row)
+
+    def _examine(self, found: Found) -> Callable[[], Sample | None] | None:
+        """Return the write that records ``found``, or None when there is nothing to record (yet)."""
+        path, known = found.path, self.ledger.by_path(found.path)
+        if found.problem is not None:
+            if known is not None and (known.status != "quarantined" or known.reason == found.problem):
+                return None
+            problem = found.problem
+            return lambda: self.ledger.refuse(path, "", (0, 0), None, problem)
+        assert found.label is not None
+        label = found.label
+        stat = (-1, -1)
+        try:
+            stat = self.source.stat(path)
+            if known is not None and (known.size, known.mtime_ns) == stat:
+                # A quarantined file is looked at again only if its label changed; a damaged one stays damaged.
+                if known.status != "quarantined" or known.label == label:
+                    return None
+            data = self.source.read(path)
+            sha256 = hashlib.sha256(data).hexdigest()
+            if known is not None and known.sha256 == sha256 and known.status != "quarantined":
+                row_id = known.id
+                return lambda: self.ledger.touch(row_id, stat)
+            self.decoder.decode(data)
+        except DataError as error:
+            return self._undecodable(found, stat, str(error), known)
+        self._unsettled.pop(path, None)
+        return lambda: self._record(path, sha256, stat, label)
+
+    def _record(self, path: str, sha256: str, stat: tuple[int, int], label: int) -> Sample:
+        # Looked up here, inside the transaction, because the original may have been recorded a moment ago.
+        original = self.ledger.by_content(sha256)
+        if original is None:
+            return self.ledger.accept(path, sha256, stat, label, holdout=self.holdout)
+        reason = f"duplicate of {original.path}"
+        if original.label is not None and original.label != label:
+            reason += f", which is labelled {self.source.classes[original.label]}"
+        return self.ledger.refuse(path, sha256, stat, label, reason)
+
+    def _undecodable(
+        self, found: Found, stat: tuple[int, int], reason: str, known: Sample | None
+    ) -> Callable[[], Sample | None] | None:
+        path = found.path
+        if known is not None and known.status == "quarantined" and known.reason == reason and stat == (-1, -1):
+            return None
+        if not reason.startswith("refused"):
+            now, seen = time.monotonic(), self._unsettled.get(path)
+            if seen is None or seen.stat != stat:
+                seen = self._unsettled[path] = _Unsettled(stat, now)
+            age_seconds = time.time() - stat[1] / 1e9 if stat[1] > 0 else 0.0
+            if age_seconds < self.settle_seconds and now - seen.since < self.settle_seconds:
+                return None
+        self._unsettled.pop(path, None)
+        return lambda: self.ledger.refuse(path, "", stat, found.label, reason)

@@ -1,0 +1,60 @@
+"""Tells what happens: to the run log, to the view, and in plain words to the console when the disk fails.
+
+The journal never raises on a failing disk: lines that could not be written wait in memory and are tried again.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from typing import Any
+
+from edgetune.agent.view import View
+from edgetune.errors import StorageError
+from edgetune.telemetry.runlog import RunLog, plain
+
+_MOST_WAITING_LINES = 1000
+
+
+class Journal:
+    """Writes events; ``storage_failed`` is whether the disk is refusing at the moment."""
+
+    def __init__(self, log: RunLog, view: View) -> None:
+        self.log, self.view = log, view
+        self.storage_failed = False
+        self._waiting: deque[dict[str, Any]] = deque(maxlen=_MOST_WAITING_LINES)
+
+    def event(self, event: str, message: str = "", **fields: Any) -> None:
+        """Record an event; with a ``message``, the view shows it."""
+        if message:
+            fields["message"] = message
+            self.view.event(message)
+        record = {"event": event, "time": round(time.time(), 3), **plain(fields)}
+        self._waiting.append(record)
+        self.drain()
+
+    def drain(self) -> None:
+        """Write what waits, as far as the disk lets it."""
+        try:
+            while self._waiting:
+                self.log.write(self._waiting[0])
+                self._waiting.popleft()
+        except StorageError as error:
+            self.storage_error(error)
+
+    def storage_error(self, error: StorageError) -> None:
+        """Say once per failure that the disk refuses; the record of it is written when the disk is back."""
+        if self.storage_failed:
+            return
+        self.storage_failed = True
+        text = f"edgetune: storage error: {error}. Training goes on in memory; the next checkpoint tries again."
+        print(text, file=sys.stderr, flush=True)
+        self._waiting.append({"event": "storage_error", "time": round(time.time(), 3), "message": str(error)})
+
+    def storage_back(self) -> None:
+        """Say that a checkpoint succeeded after a failure."""
+        if self.storage_failed:
+            self.storage_failed = False
+            print("edgetune: storage works again; everything up to this checkpoint is stored.", file=sys.stderr)
+            self.drain()

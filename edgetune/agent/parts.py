@@ -1,0 +1,87 @@
+"""What the agent is put together from, as protocols, and the real parts. Tests put smaller ones in their place.
+
+Knows the shapes of the engines' and telemetry's interfaces; imports them only when a real agent starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from edgetune.bundle import Array, Bundle
+from edgetune.planning.plan import Plan
+
+
+class Report(Protocol):
+    """What a session says of its last step."""
+
+    @property
+    def loss(self) -> float: ...
+    @property
+    def correct(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def energy(self) -> Mapping[str, float]: ...
+    @property
+    def gradient_norm(self) -> float: ...
+    @property
+    def seconds(self) -> Mapping[str, float]: ...
+
+
+class Session(Protocol):
+    """The part of ``engines.TrainingSession`` that the agent uses. Batches come first in every shape."""
+
+    @property
+    def report(self) -> Any: ...
+    def features(self, x: Array) -> tuple[Array, ...]: ...
+    def step_features(self, features: tuple[Array, ...], y: Array) -> float: ...
+    def predict(self, x: Array) -> Array: ...
+    def grams(self, features: tuple[Array, ...]) -> dict[str, dict[str, Array]]: ...
+    def set_plan(self, plan: Plan) -> None: ...
+    def state(self) -> dict[str, Array]: ...
+    def load_state(self, state: dict[str, Array]) -> None: ...
+
+
+class SessionFactory(Protocol):
+    """Makes a session; the signature of ``engines.TrainingSession``."""
+
+    def __call__(
+        self, bundle: Bundle, plan: Plan, *, engine: str, hyper: Mapping[str, float] | None, seed: int
+    ) -> Session: ...
+
+
+class Meter(Protocol):
+    """The part of ``telemetry.process.PeakMeter`` that the agent uses. ``resettable`` is not True where
+    ``peak_bytes`` means the peak since the process began."""
+
+    resettable: bool | None
+
+    def reset(self) -> None: ...
+    def peak_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The replaceable parts of an agent.
+
+    ``runtime_bytes(bundle, engine)`` is what the process takes before anything of a plan is allocated.
+    """
+
+    session_factory: SessionFactory
+    meter: Meter
+    runtime_bytes: Callable[[Bundle, str], int]
+
+
+def real_parts() -> Parts:
+    """Return the parts of a real run. Imports the engines.
+
+    Raises:
+        EngineError: no runtime is installed.
+    """
+    from edgetune.engines.calibration import measure_runtime
+    from edgetune.engines.session import TrainingSession
+    from edgetune.telemetry.process import PeakMeter
+
+    return Parts(TrainingSession, PeakMeter(), measure_runtime)

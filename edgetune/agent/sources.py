@@ -1,0 +1,187 @@
+"""Where samples come from: a folder, in one of two conventions, and nothing outside of it.
+
+1. Class sub-folders: ``folder/<label>/.../<image>``.
+2. ``folder/metadata.jsonl``: one object per line with ``file_name`` (relative to the folder) and ``label`` (a class
+   name or its index), as Hugging Face image folders have it.
+
+Knows paths and labels; does not decode, and remembers nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from edgetune.errors import DataError
+
+METADATA = "metadata.jsonl"
+MAX_FILE_BYTES = 64 * 2**20
+_UNFINISHED = (".tmp", ".part", ".partial", ".crdownload", "~")
+
+
+@dataclass(frozen=True)
+class Found:
+    """One entry of the folder. ``path`` is relative to it; ``problem`` says why it cannot be used at all."""
+
+    path: str
+    label: int | None
+    problem: str | None = None
+
+
+class FolderSource:
+    """The folder ``root``.
+
+    Args:
+        classes: names of the classes, in the order of the model's outputs.
+        suffixes: lower-case file name endings that can be samples; other files are not looked at.
+
+    Raises:
+        DataError: no such folder.
+    """
+
+    def __init__(self, root: Path, classes: Sequence[str], suffixes: Collection[str]) -> None:
+        if not root.is_dir():
+            raise DataError(f"the data folder '{root}' does not exist; create it or give another --data")
+        self.root = root.resolve()
+        self.classes = tuple(classes)
+        self.suffixes = suffixes
+
+    def scan(self) -> Iterator[Found]:
+        """Yield all entries in a fixed order (by path; of ``metadata.jsonl``, by line)."""
+        yield from self._metadata() if (self.root / METADATA).is_file() else self._folders()
+
+    def stat(self, path: str) -> tuple[int, int]:
+        """Return (bytes, modification time in ns). Raises DataError like :meth:`read`."""
+        try:
+            info = self._inside(path).stat()
+        except OSError as error:
+            raise DataError(f"cannot be read ({error.strerror or error})") from None
+        return info.st_size, info.st_mtime_ns
+
+    def read(self, path: str) -> bytes:
+        """Return the content of the entry ``path``.
+
+        Raises:
+            DataError: it is missing, leaves the folder, is not a regular file, or is larger than MAX_FILE_BYTES.
+        """
+        target = self._inside(path)
+        try:
+            # O_NOFOLLOW: between the check and the opening the file may have been replaced by a link. O_NONBLOCK: a
+            # named pipe must not stop the agent.
+            descriptor = os.open(target, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise DataError(f"cannot be read ({error.strerror or error})") from None
+        with os.fdopen(descriptor, "rb") as stream:
+            info = os.fstat(stream.fileno())
+            if not stat.S_ISREG(info.st_mode):
+                raise DataError("not a regular file")
+            if info.st_size > MAX_FILE_BYTES:
+                raise DataError(f"larger than {MAX_FILE_BYTES} bytes")
+            try:
+                return stream.read(MAX_FILE_BYTES + 1)
+            except OSError as error:
+                raise DataError(f"cannot be read ({error.strerror or error})") from None
+
+    def _inside(self, path: str) -> Path:
+        pure = PurePosixPath(path)
+        if pure.is_absolute() or ".." in pure.parts or "\0" in path:
+            raise DataError("refused: its name leaves the data folder")
+        try:
+            target = (self.root / pure).resolve(strict=True)
+        except (OSError, RuntimeError):
+            raise DataError("missing") from None
+        if not target.is_relative_to(self.root):
+            raise DataError("refused: a link leads out of the data folder")
+        return target
+
+    def _folders(self) -> Iterator[Found]:
+        for directory, folders, files in os.walk(self.root, followlinks=False):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            inside = Path(directory).relative_to(self.root)
+            for name in sorted(files):
+                if not self._candidate(name):
+                    continue
+                path = (inside / name).as_posix()
+                if not inside.parts:
+                    yield Found(path, None, f"no label: expected it in a folder named as its class ({self._valid()})")
+                    continue
+                yield self._labelled(path, inside.parts[0])
+
+    def _metadata(self) -> Iterator[Found]:
+        try:
+            with (self.root / METADATA).open("rb") as stream:
+                lines = list(stream)
+        except OSError:
+            return
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                if line.endswith(b"\n"):  # else the line is still being written
+                    yield Found(f"{METADATA}:{number}", None, "this line is not JSON")
+                continue
+            name = entry.get("file_name") if isinstance(entry, dict) else None
+            if not isinstance(name, str) or not name or "label" not in entry:
+                yield Found(f"{METADATA}:{number}", None, "this line lacks 'file_name' (text) or 'label'")
+                continue
+            pure = PurePosixPath(name)
+            if pure.is_absolute() or ".." in pure.parts:
+                yield Found(name, None, "refused: its name leaves the data folder")
+                continue
+            yield self._labelled(pure.as_posix(), entry["label"])
+
+    def _labelled(self, path: str, label: Any) -> Found:
+        if isinstance(label, str) and label in self.classes:
+            return Found(path, self.classes.index(label))
+        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.classes):
+            return Found(path, label)
+        return Found(path, None, f"unknown label {label!r}; valid labels: {self._valid()}")
+
+    def _valid(self) -> str:
+        shown = ", ".join(self.classes[:20])
+        rest = len(self.classes) - 20
+        return f"{shown} and {rest} more" if rest > 0 else shown
+
+    def _candidate(self, name: str) -> bool:
+        lower = name.lower()
+        if lower.startswith(".") or lower.endswith(_UNFINISHED):
+            return False
+        return os.path.splitext(lower)[1] in self.suffixes
+
+
+class Watcher:
+    """Waits for changes in a folder. Where the system cannot report changes it sleeps and asks for a re-scan."""
+
+    def __init__(self, root: Path, *, rescan_seconds: float) -> None:
+        self.rescan_seconds = rescan_seconds
+        self._changes: Iterator[Any] | None
+        try:
+            from watchfiles import watch
+
+            self._changes = watch(
+                root, rust_timeout=200, yield_on_timeout=True, debounce=100, step=20, raise_interrupt=False
+            )
+            next(self._changes)  # the watch begins here, hence before the caller's first scan
+        except Exception:  # no inotify (its limit, a network drive) must not stop the agent
+            self._changes = None
+
+    def wait(self, timeout_seconds: float, stopping: Callable[[], bool]) -> None:
+        """Return when something changed, when ``stopping()``, or after ``timeout_seconds`` (at most a re-scan's)."""
+        until = time.monotonic() + min(timeout_seconds, self.rescan_seconds)
+        while (left := until - time.monotonic()) > 0 and not stopping():
+            if self._changes is None:
+                time.sleep(min(left, 0.2))
+                continue
+            try:
+                if next(self._changes):
+                    return
+            except Exception:  # the watched folder went away, or the generator ended: go on by re-scans
+                self._changes = None

@@ -1,0 +1,128 @@
+"""What a state directory says of its run, for ``status`` and ``report``. Reads only; takes no lock, changes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from edgetune.agent import checkpoint as checkpoints
+from edgetune.agent.ledger import STATUSES, Ledger
+from edgetune.agent.state import read_identity
+from edgetune.errors import StateError
+from edgetune.telemetry import runlog
+
+_ROUTINE = ("step", "evaluated", "checkpoint")
+
+
+def status(path: Path) -> dict[str, Any]:
+    """Return where the run in the state directory ``path`` stands, as JSON data.
+
+    Keys: state, model, bundle, batch, seed, step (of the newest intact checkpoint; None: none yet), logged_step (the
+    last step in the log), accuracy_before, accuracy (held out), samples (per ledger status), quarantined (the last ten:
+    path and reason), plan, last_event.
+
+    Raises:
+        StateError: not a state directory, or damaged.
+    """
+    identity = read_identity(path)
+    position: dict[str, Any] = {}
+    step = None
+    for number, file in checkpoints.listed(path):
+        if checkpoints.verified(file):
+            position, step = checkpoints.read_position(file), number
+            break
+    counts, quarantined = _samples(path)
+    last_event, logged_step = None, None
+    for record in runlog.read(path / "log.jsonl"):
+        if record["event"] == "step":
+            logged_step = record.get("step")
+        if record["event"] not in _ROUTINE:
+            last_event = record
+    return {
+        "state": str(path),
+        "model": identity["model"],
+        "bundle": identity["bundle"],
+        "batch": identity["batch"],
+        "seed": identity["seed"],
+        "step": step,
+        "logged_step": logged_step,
+        "accuracy_before": position.get("accuracy_before"),
+        "accuracy": position.get("accuracy"),
+        "samples": counts,
+        "quarantined": quarantined,
+        "plan": json.loads(position["plan"]) if "plan" in position else None,
+        "last_event": last_event,
+    }
+
+
+def report(path: Path) -> dict[str, Any]:
+    """Return what the whole run was like, as JSON data.
+
+    Keys: state, model, steps, samples, epochs, predicted_peak_bytes and measured_peak_bytes (their maxima over the
+    steps), budget_bytes (the last one), over_budget_steps, budget_kept (None without a budget), loss_first, loss_last,
+    accuracy_before, accuracy, evaluations, epsilon_least, epsilon_last, energy_least (captured), seconds (per phase,
+    summed), events (how many of each kind).
+
+    Raises:
+        StateError: not a state directory, or nothing was logged.
+    """
+    identity = read_identity(path)
+    log = path / "log.jsonl"
+    steps = runlog.steps(log)
+    events: dict[str, int] = {}
+    evaluations, seconds = [], dict[str, float]()
+    for record in runlog.read(log):
+        events[record["event"]] = events.get(record["event"], 0) + 1
+        if record["event"] == "evaluated":
+            evaluations.append({"step": record["step"], "accuracy": record["accuracy"]})
+        if record["event"] != "step":
+            _add(seconds, record.get("seconds"))
+    if not events:
+        raise StateError(f"'{path}' has no run log yet; run the agent on it first")
+    for record in steps:
+        _add(seconds, record.get("seconds"))
+    limited = [record for record in steps if record.get("budget_bytes") is not None]
+    over = sum(1 for record in limited if record["measured_peak_bytes"] > record["budget_bytes"])
+    epsilons = [record["epsilon"] for record in steps if record.get("epsilon") is not None]
+    energies = [value for record in steps for value in record["energy"].values() if value is not None]
+    return {
+        "state": str(path),
+        "model": identity["model"],
+        "steps": len(steps),
+        "samples": sum(record["samples"] for record in steps),
+        "epochs": max((record["epoch"] + 1 for record in steps), default=0),
+        "predicted_peak_bytes": max((record["predicted_peak_bytes"] for record in steps), default=None),
+        "measured_peak_bytes": max((record["measured_peak_bytes"] for record in steps), default=None),
+        "budget_bytes": limited[-1]["budget_bytes"] if limited else None,
+        "over_budget_steps": over,
+        "budget_kept": over == 0 if limited else None,
+        "loss_first": steps[0]["loss"] if steps else None,
+        "loss_last": steps[-1]["loss"] if steps else None,
+        "accuracy_before": evaluations[0]["accuracy"] if evaluations else None,
+        "accuracy": evaluations[-1]["accuracy"] if evaluations else None,
+        "evaluations": evaluations,
+        "epsilon_least": min(epsilons, default=None),
+        "epsilon_last": epsilons[-1] if epsilons else None,
+        "energy_least": min(energies, default=None),
+        "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "events": events,
+    }
+
+
+def _samples(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    file = path / "ledger.sqlite"
+    if not file.is_file():
+        return dict.fromkeys(STATUSES, 0), []
+    ledger = Ledger(file, read_only=True)
+    try:
+        refused = [{"path": row.path, "reason": row.reason} for row in ledger.samples() if row.status == "quarantined"]
+        return ledger.counts(), refused[-10:]
+    finally:
+        ledger.close()
+
+
+def _add(total: dict[str, float], more: Any) -> None:
+    if isinstance(more, dict):
+        for name, value in more.items():
+            total[name] = total.get(name, 0.0) + value

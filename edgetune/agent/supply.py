@@ -1,0 +1,169 @@
+"""Which samples come next: the pool of samples with passes to make, filled from the folder through the intake.
+
+Knows the ledger, the intake and the journal; nothing of training.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from edgetune.agent.config import AgentConfig
+from edgetune.agent.intake import Intake, Taken
+from edgetune.agent.journal import Journal
+from edgetune.agent.ledger import Ledger, Sample
+from edgetune.agent.order import Pool
+from edgetune.agent.sources import Watcher
+from edgetune.errors import DataError, StorageError
+
+_MOST_REPORTED = 50
+
+
+class Supply:
+    """Hands out samples.
+
+    Args:
+        batch: how many samples make a batch. stopping: whether the agent was asked to stop.
+    """
+
+    def __init__(
+        self,
+        config: AgentConfig,
+        intake: Intake,
+        ledger: Ledger,
+        journal: Journal,
+        *,
+        batch: int,
+        seed: int,
+        stopping: Callable[[], bool],
+    ) -> None:
+        self.config, self.intake, self.ledger, self.journal = config, intake, ledger, journal
+        self.batch, self.seed, self.stopping = batch, seed, stopping
+        # Before the first look, so that nothing that arrives in between goes unseen.
+        root = intake.source.root
+        self._watcher = None if config.once else Watcher(root, rescan_seconds=config.rescan_seconds)
+        self._look_failed = False
+        self._unsettled = 0
+        self._told_waiting = False
+        self.quarantined = ledger.counts()["quarantined"]
+        self.pool = Pool(seed, config.epochs)
+
+    def steps_left(self) -> int:
+        """Return how many steps remain with ``once``: each pass is cut into batches of its own."""
+        made = Counter(passes for _, _, passes in self.ledger.trainable())
+        return sum(
+            -(-sum(count for passes, count in made.items() if passes <= epoch) // self.batch)
+            for epoch in range(self.config.epochs)
+        )
+
+    @property
+    def epoch(self) -> int:
+        """The pass (0-based) of the next sample."""
+        return self.pool.epoch
+
+    def ready(self) -> bool:
+        """Return whether there is a batch: a full one, or with ``once`` whatever is left."""
+        if not self.config.once:
+            return len(self.pool) >= self.batch
+        if not len(self.pool) and self._look_failed:
+            self.look()
+        return len(self.pool) > 0
+
+    def taker(self, passes: dict[int, int]) -> Callable[[], Sample | None]:
+        """Return what hands out the samples of one batch; ``passes`` receives how often each was trained before.
+
+        With ``once`` a batch does not reach into the next pass, so the last one of each pass may be short.
+        """
+        epoch = self.pool.epoch if self.config.once else None
+
+        def take() -> Sample | None:
+            entry = self.pool.take(epoch)
+            if entry is None:
+                return None
+            passes[entry[0]] = entry[1]
+            return self.ledger.get(entry[0])
+
+        return take
+
+    def preview(self, count: int) -> list[Sample]:
+        """Return the next ``count`` samples without handing them out."""
+        return [self.ledger.get(sample) for sample in self.pool.peek(count)]
+
+    def trained(self, samples: Iterable[Sample], passes: dict[int, int], step: int) -> None:
+        """Note that ``step`` trained ``samples`` and put them back for their next pass."""
+        rows = list(samples)
+        self.ledger.mark_trained((row.id for row in rows), step)
+        for row in rows:
+            self.pool.add(row.id, row.sha256, passes[row.id] + 1)
+
+    def rebuild(self) -> None:
+        """Fill the pool from the ledger: at the start, and after training marks were taken back."""
+        self.pool = Pool(self.seed, self.config.epochs)
+        for sample, content, passes in self.ledger.trainable():
+            self.pool.add(sample, content, passes)
+
+    def look(self) -> None:
+        """Take in what is new in the folder; with ``once``, until every file is settled."""
+        try:
+            taken = (self.intake.look_until_settled if self.config.once else self.intake.look)(self.stopping)
+        except StorageError as error:
+            self._look_failed = True
+            self.journal.storage_error(error)
+            self.rebuild()  # rows recorded before the disk refused are in the ledger already
+            return
+        self._look_failed = False
+        self._absorb(taken)
+
+    def wait(self) -> None:
+        """Wait for a change in the folder (or a while), then look."""
+        assert self._watcher is not None
+        if not self._told_waiting:
+            self._told_waiting = True
+            needed = self.batch - len(self.pool)
+            self.journal.event("waiting", f"waiting for {needed} more samples", samples=needed)
+        timeout_seconds = self.config.settle_seconds / 2 if self._unsettled else self.config.rescan_seconds
+        self._watcher.wait(timeout_seconds, self.stopping)
+        if not self.stopping():
+            self.look()
+        if self.ready():
+            self._told_waiting = False
+
+    def quarantine(self, samples: Iterable[tuple[Sample, str]], step: int | None = None) -> None:
+        """Take samples out of use, each with its reason."""
+        for sample, reason in samples:
+            try:
+                self.ledger.quarantine([sample.id], reason, step)
+            except StorageError as error:
+                self.journal.storage_error(error)
+            self._report([(sample.path, reason)])
+
+    def no_data(self) -> DataError | StorageError:
+        """Return the error for a run that has nothing to train on."""
+        if self._look_failed:
+            return StorageError("the samples could not be recorded: the disk refuses writes to the state directory")
+        counts = self.ledger.counts()
+        convention = "put images into folder/<label>/ or list them in folder/metadata.jsonl"
+        if not any(counts.values()):
+            return DataError(f"the data folder '{self.intake.source.root}' holds no samples: {convention}")
+        text = f"nothing to train on: {counts['quarantined']} files are quarantined, {counts['heldout']} held out"
+        first = next((row for row in self.ledger.samples() if row.status == "quarantined"), None)
+        return DataError(text if first is None else f"{text}; the first: {first.path}: {first.reason}; {convention}")
+
+    def _absorb(self, taken: Taken) -> None:
+        self._unsettled = taken.unsettled
+        for row in taken.accepted:
+            if row.status == "new":
+                self.pool.add(row.id, row.sha256, row.passes)
+        self._report([(row.path, row.reason or "") for row in taken.quarantined])
+        if taken.accepted:
+            held = sum(1 for row in taken.accepted if row.status == "heldout")
+            message = f"{len(taken.accepted)} new samples, {held} of them held out"
+            self.journal.event("arrived", message, samples=len(taken.accepted), heldout=held)
+
+    def _report(self, refused: list[tuple[str, str]]) -> None:
+        self.quarantined += len(refused)
+        for path, reason in refused[:_MOST_REPORTED]:
+            self.journal.event("quarantined", f"quarantined {path}: {reason}", path=path, reason=reason)
+        if len(refused) > _MOST_REPORTED:
+            more = len(refused) - _MOST_REPORTED
+            self.journal.event("quarantined", f"quarantined {more} more files; see 'edgetune status'", samples=more)

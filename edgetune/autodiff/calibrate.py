@@ -1,0 +1,59 @@
+"""The Gram matrices G_j = A_(j) A_(j)ᵀ of every tensor that will be compressed, as nodes (DESIGN.md section 4).
+
+Knows the builder and the slots that reverse mode chose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from edgetune.autodiff.builder import GraphBuilder
+from edgetune.autodiff.graph import ForwardGraph
+from edgetune.autodiff.lowering import emit_node
+from edgetune.autodiff.reverse import Slot
+
+
+def emit_grams(g: GraphBuilder, graph: ForwardGraph, slots: Sequence[Slot]) -> dict[str, str]:
+    """Emit the forward pass of ``graph`` and, behind each slot's tensor, one Gram matrix per mode.
+
+    Returns output name ``gram/<slot>/<letter>`` -> emitted name; each is [groups, n, n].
+    """
+    made: dict[str, str] = {}
+    pending = {slot.saved.name: slot for slot in slots}
+
+    def measure(tensor: str) -> None:
+        for name in [n for n, slot in pending.items() if slot.tensor == tensor]:
+            slot = pending.pop(name)
+            for letter, _ in slot.bases:
+                g.scope = f"gram/{name}/{letter}"
+                made[g.scope] = _emit_gram(g, slot, letter)
+
+    for name in graph.inputs:
+        measure(name)
+    for node in graph.nodes:
+        g.scope = node.name
+        emit_node(g, node)
+        for name in node.outputs:
+            measure(name)
+    if pending:
+        raise ValueError(f"no node makes the tensors of {sorted(pending)}")
+    return made
+
+
+def _emit_gram(g: GraphBuilder, slot: Slot, letter: str) -> str:
+    shape, groups, x = slot.saved.shape, slot.saved.groups, slot.tensor
+    if letter == "b" or len(shape) == 1:
+        flat = g.op("Flatten", x, axis=1, hint="rows")
+        rows = flat if letter == "b" else g.op("Transpose", flat, perm=[1, 0], hint="rows")
+    elif letter == "c" and groups > 1:
+        planes = g.op("Reshape", x, g.const([0, groups, shape[0] // groups, math.prod(shape[1:])]), hint="planes")
+        first = g.op("Transpose", planes, perm=[1, 2, 0, 3], hint="first")
+        rows = g.op("Reshape", first, g.const([groups, shape[0] // groups, -1]), hint="rows")
+        return str(g.op("MatMul", rows, g.op("Transpose", rows, perm=[0, 2, 1], hint="columns"), hint="gram"))
+    else:
+        axis = "bchw".index(letter)
+        perm = [axis, *(i for i in range(4) if i != axis)]
+        rows = g.op("Flatten", g.op("Transpose", x, perm=perm, hint="first"), axis=1, hint="rows")
+    gram = g.op("Gemm", rows, rows, transB=1, hint="gram")
+    return str(g.op("Unsqueeze", gram, g.const([0]), hint="gram"))

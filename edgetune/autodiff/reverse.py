@@ -1,0 +1,269 @@
+"""Reverse mode on ONNX graphs: a forward graph in, one graph with its gradients out.
+
+Two passes over the rules. The first asks every rule what it will want in the backward pass; so each tensor is kept at
+most once, in the cheapest form that serves all who want it. The second emits: the forward pass with every encoder right
+behind the tensor that it keeps, the loss, and the backward pass, adding gradients where a tensor fans out.
+
+Knows the builder, the rules and the codecs; knows nothing of files, models or runtimes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edgetune.autodiff.builder import FunctionLibrary, GraphBuilder
+from edgetune.autodiff.graph import ForwardGraph, Node
+from edgetune.autodiff.loss import loss_named
+from edgetune.autodiff.lowering import emit_node
+from edgetune.autodiff.rule import FunctionBody, Rule, Stored, Want
+from edgetune.autodiff.rules import rule_for
+from edgetune.codecs import Codec, Dense, Saved, Use
+from edgetune.codecs.base import Encoded
+from edgetune.codecs.sign import Interval, emit_inside, emit_pack, emit_unpack
+
+BasisInput = tuple[str, str]  # (mode letter, name of the graph input)
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One tensor kept for weight gradients: which, for which layers, and how it was encoded."""
+
+    tensor: str
+    layers: tuple[str, ...]
+    codec: Codec
+    saved: Saved
+    bases: tuple[BasisInput, ...] = ()
+    encoded: Encoded | None = None
+
+
+@dataclass
+class Gradients:
+    """What reverse mode emitted: graph inputs beyond the forward graph's own, and the outputs."""
+
+    loss: str
+    correct: str
+    parameters: dict[str, str]
+    slots: list[Slot]
+    kept: list[str]
+    forward_ends: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TrainedLayer:
+    """The name of a trained weight layer and the codec for its input."""
+
+    name: str
+    codec: Codec
+
+
+class _Memory:
+    """What is to be kept of every tensor, resolved from all wants before anything is emitted."""
+
+    def __init__(self, graph: ForwardGraph, layers: Mapping[str, TrainedLayer]) -> None:
+        self.graph = graph
+        self.layers = layers
+        self.dense: set[str] = set()
+        self.compressed: dict[tuple[str, int], Slot] = {}
+        self.uncompressed: dict[tuple[str, int], Slot] = {}
+        self.intervals: dict[str, list[Interval]] = {}
+        self._wants: list[tuple[Node, Want]] = []
+
+    def add(self, node: Node, want: Want) -> None:
+        if want.tensor not in self.graph.constants:
+            self._wants.append((node, want))
+
+    def resolve(self) -> None:
+        """Decide. A tensor that somebody needs exactly is kept as it is, and serves every other use too."""
+        readers: dict[tuple[str, int], list[TrainedLayer]] = {}
+        for node, want in self._wants:
+            if want.use is Use.VALUE:
+                self.dense.add(want.tensor)
+            elif want.use is Use.WEIGHT_GRAD:
+                layer = self.layers[node.name]
+                readers.setdefault((want.tensor, want.groups), []).append(layer)
+                if not layer.codec.lossy:
+                    self.dense.add(want.tensor)
+        for (tensor, groups), layers in readers.items():
+            names = tuple(layer.name for layer in layers)
+            saved = Saved(names[0], self.graph.sample_shape(tensor), groups)
+            codec = Dense() if tensor in self.dense or not _compressible(saved) else layers[0].codec
+            if codec.lossy:
+                bases = tuple((letter, _basis_name(saved, letter)) for letter in codec.letters(saved))
+                self.compressed[tensor, groups] = Slot(tensor, names, codec, saved, bases)
+            else:
+                self.dense.add(tensor)
+                self.uncompressed[tensor, groups] = Slot(tensor, names, codec, saved, (), Encoded((tensor,), {}, None))
+        for _, want in self._wants:
+            if want.use is Use.SIGN and want.tensor not in self.dense:
+                found = self.intervals.setdefault(want.tensor, [])
+                if want.interval not in found:
+                    found.append(want.interval)
+
+
+def _compressible(saved: Saved) -> bool:
+    """Lossy codecs know inputs of 2-D convolutions [c, h, w] and of linear layers [c]."""
+    return len(saved.shape) in (1, 3)
+
+
+def _basis_name(saved: Saved, letter: str) -> str:
+    return f"{saved.name}.sketch" if letter == "b" else f"{saved.name}.basis.{letter}"
+
+
+class _Reverser:
+    """Emits one train graph; satisfies :class:`edgetune.autodiff.rule.Context`."""
+
+    def __init__(
+        self, g: GraphBuilder, library: FunctionLibrary, graph: ForwardGraph, layers: Mapping[str, TrainedLayer]
+    ) -> None:
+        self.g = g
+        self.graph = graph
+        self.library = library
+        self.memory = _Memory(graph, layers)
+        self._kept: dict[str, tuple[str, ...]] = {}
+        self._masks: dict[tuple[str, Interval], str] = {}
+        self.kept_names: list[str] = []
+
+    # -- what rules call ------------------------------------------------------------------------------------------
+
+    def value(self, tensor: str) -> str:
+        if tensor not in self.memory.dense and tensor not in self.graph.constants:
+            raise KeyError(f"a rule loads '{tensor}' without having wanted its value")
+        return tensor
+
+    def mask(self, tensor: str, interval: Interval) -> str:
+        if tensor in self.memory.dense:
+            return emit_inside(self.g, tensor, interval)
+        shape = self.graph.sample_shape(tensor)
+
+        def body(g: GraphBuilder, names: Sequence[str]) -> str:
+            return emit_unpack(g, names[0], shape)
+
+        return self.function(f"SignUnpack_{_dims(shape)}", [self._masks[tensor, interval]], "inside", body)
+
+    def stored(self, tensor: str, groups: int) -> Stored:
+        slot = self.memory.compressed.get((tensor, groups)) or self.memory.uncompressed[tensor, groups]
+        assert slot.encoded is not None
+        return Stored(slot.codec, slot.saved, slot.encoded)
+
+    def kept(self, node: Node) -> tuple[str, ...]:
+        return self._kept[node.name]
+
+    def function(self, name: str, inputs: Sequence[str], hint: str, body: FunctionBody) -> str:
+        return self.library.call(self.g, name, inputs, [hint], lambda g, names: [body(g, names)])[0]
+
+    # -- forward --------------------------------------------------------------------------------------------------
+
+    def forward(self, rules: Mapping[str, Rule]) -> None:
+        """Emit every node, and behind each tensor what is kept of it (graph inputs: before their first reader)."""
+        pending = list(self.graph.inputs)
+        for node in self.graph.nodes:
+            for name in [n for n in pending if n in node.inputs]:
+                pending.remove(name)
+                self._keep(name)
+            rule = rules.get(node.name)
+            self.g.scope = node.name
+            if rule is not None and rule.forward is not None:
+                self._kept[node.name] = rule.forward(self, node)
+                self.kept_names.extend(self._kept[node.name])
+            else:
+                emit_node(self.g, node)
+            for name in node.outputs:
+                self._keep(name)
+
+    def _keep(self, tensor: str) -> None:
+        self.g.scope = tensor
+        for key, slot in self.memory.compressed.items():
+            if slot.tensor == tensor:
+                self.memory.compressed[key] = self._encode(slot)
+        for interval in self.memory.intervals.get(tensor, ()):
+            self._masks[tensor, interval] = self._pack(tensor, interval)
+            self.kept_names.append(self._masks[tensor, interval])
+
+    def _encode(self, slot: Slot) -> Slot:
+        letters = [letter for letter, _ in slot.bases]
+
+        def body(g: GraphBuilder, names: Sequence[str]) -> Sequence[str]:
+            encoded = slot.codec.emit_encode(g, names[0], slot.saved, dict(zip(letters, names[1:], strict=True)))
+            return [*encoded.stored, *([encoded.energy] if encoded.energy else [])]
+
+        label = f"{slot.codec.name.capitalize()}Encode_{_dims(slot.saved.shape)}_g{slot.saved.groups}"
+        inputs = [slot.tensor, *(name for _, name in slot.bases)]
+        made = self.library.call(self.g, label, inputs, ["factor", "core", "energy"], body)
+        bases = {letter: name for letter, name in slot.bases if letter != "b"}
+        self.kept_names.extend(made[:-1])
+        return Slot(slot.tensor, slot.layers, slot.codec, slot.saved, slot.bases, Encoded(made[:-1], bases, made[-1]))
+
+    def _pack(self, tensor: str, interval: Interval) -> str:
+        shape = self.graph.sample_shape(tensor)
+
+        def body(g: GraphBuilder, names: Sequence[str]) -> str:
+            return emit_pack(g, names[0], shape, interval)
+
+        bounds = f"{interval.low:g}_{interval.high:g}".replace("-", "m").replace(".", "p")
+        return self.function(f"SignPack_{_dims(shape)}_{bounds}", [tensor], "mask", body)
+
+
+def _dims(shape: Sequence[int]) -> str:
+    return "x".join(map(str, shape))
+
+
+def emit_gradients(
+    g: GraphBuilder,
+    library: FunctionLibrary,
+    graph: ForwardGraph,
+    layers: Mapping[str, TrainedLayer],
+    parameters: Sequence[str],
+    targets: str,
+    loss: str,
+    label_smoothing: float,
+) -> Gradients:
+    """Emit forward pass, loss and backward pass of ``graph`` into ``g``.
+
+    Args:
+        graph: the tail; its inputs are features, ``parameters`` are names in ``graph.shapes`` that it reads.
+        layers: per name of a trained Conv/Gemm/MatMul node, its layer and the codec of its input.
+        targets: name of the graph input with the labels (int64 [b]).
+
+    Raises:
+        UnsupportedOperatorError: an operator between a parameter and the loss has no rule.
+    """
+    emitter = loss_named(loss)
+    active = set(parameters)
+    wrt: dict[str, frozenset[int]] = {}
+    rules: dict[str, Rule] = {}
+    reverser = _Reverser(g, library, graph, layers)
+    for node in graph.nodes:
+        differentiable = frozenset(i for i, name in enumerate(node.inputs) if name in active)
+        if not differentiable:
+            continue
+        rule = rule_for(node.op, node.name)
+        active.update(node.outputs)
+        wrt[node.name], rules[node.name] = differentiable, rule
+        for want in rule.wants(graph, node, differentiable):
+            reverser.memory.add(node, want)
+    reverser.memory.resolve()
+    reverser.forward(rules)
+    g.scope = "loss"
+    emitted = emitter(g, library, graph.output, targets, graph.shapes[graph.output][-1], label_smoothing)
+    gradients = {graph.output: emitted.gradient}
+    for node in reversed(graph.nodes):
+        if node.name not in wrt:
+            continue
+        dy = gradients.pop(node.outputs[0], None)
+        if dy is None:
+            continue
+        g.scope = f"grad/{node.name}"
+        made = rules[node.name].backward(reverser, node, wrt[node.name], dy)
+        for index, gradient in made.items():
+            name = node.inputs[index]
+            previous = gradients.get(name)
+            gradients[name] = gradient if previous is None else g.op("Add", previous, gradient, hint="sum")
+    missing = [name for name in parameters if name not in gradients]
+    if missing:
+        raise ValueError(f"no path leads from the loss to {missing}")
+    memory = reverser.memory
+    slots = [*memory.compressed.values(), *memory.uncompressed.values()]
+    kept = sorted(memory.dense - set(graph.inputs)) + reverser.kept_names
+    ends = (emitted.loss, emitted.gradient, emitted.correct)
+    return Gradients(emitted.loss, emitted.correct, {name: gradients[name] for name in parameters}, slots, kept, ends)

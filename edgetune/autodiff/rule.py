@@ -1,0 +1,103 @@
+"""What a backward rule is, and what it may ask for. Knows the builder and the codecs' uses.
+
+A rule never stores a tensor. Before anything is emitted it declares which tensors it will want and why (:class:`Want`);
+afterwards it loads them through the context, which gives back whatever the codec kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from edgetune.autodiff.builder import GraphBuilder
+from edgetune.autodiff.graph import ForwardGraph, Node
+from edgetune.codecs.base import Codec, Encoded, Saved, Use
+from edgetune.codecs.sign import POSITIVE, Interval
+
+
+@dataclass(frozen=True)
+class Want:
+    """A tensor that a rule needs in the backward pass, and for what.
+
+    ``groups`` matters to WEIGHT_GRAD (the groups of the layer), ``interval`` to SIGN.
+    """
+
+    tensor: str
+    use: Use
+    groups: int = 1
+    interval: Interval = POSITIVE
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What was kept of a tensor for a weight gradient."""
+
+    codec: Codec
+    saved: Saved
+    encoded: Encoded
+
+
+class Context(Protocol):
+    """What a rule may use while it emits."""
+
+    g: GraphBuilder
+    graph: ForwardGraph
+
+    def value(self, tensor: str) -> str:
+        """Return the name that holds ``tensor`` exactly; it was wanted with Use.VALUE, or is a constant."""
+
+    def mask(self, tensor: str, interval: Interval) -> str:
+        """Return a boolean mask of the elements of ``tensor`` inside ``interval``; it was wanted with Use.SIGN."""
+
+    def stored(self, tensor: str, groups: int) -> Stored:
+        """Return what was kept of ``tensor``; it was wanted with Use.WEIGHT_GRAD."""
+
+    def kept(self, node: Node) -> tuple[str, ...]:
+        """Return what the rule's own ``forward`` kept of ``node``."""
+
+    def function(self, name: str, inputs: Sequence[str], hint: str, body: FunctionBody) -> str:
+        """Emit a call of the model-local function ``name``, whose body ``body`` emits once; return its output."""
+
+
+WantRule = Callable[[ForwardGraph, Node, frozenset[int]], Sequence[Want]]
+ForwardRule = Callable[["Context", Node], tuple[str, ...]]
+FunctionBody = Callable[[GraphBuilder, Sequence[str]], str]
+BackwardRule = Callable[["Context", Node, frozenset[int], str], Mapping[int, str]]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Reverse mode of one operator with one differentiable output.
+
+    Attributes:
+        wants: (graph, node, inputs that need a gradient) -> what to keep.
+        backward: (context, node, inputs that need a gradient, gradient of the output) -> gradient per input index.
+        doc: what it keeps, for the table of operators.
+        forward: emits the operator itself where the backward pass needs more of it than its output, and returns the
+            names of what it keeps; None: the operator is copied as it is.
+    """
+
+    wants: WantRule
+    backward: BackwardRule
+    doc: str = ""
+    forward: ForwardRule | None = None
+
+
+def nothing(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:
+    """Keep nothing."""
+    return ()
+
+
+def unbroadcast(ctx: Context, gradient: str, tensor: str, result: str) -> str:
+    """Sum ``gradient`` (shaped like ``result``) over the axes along which ``tensor`` was broadcast to it."""
+    small, large = ctx.graph.shapes[tensor], ctx.graph.shapes[result]
+    if small == large:
+        return gradient
+    g, lead = ctx.g, len(large) - len(small)
+    if lead:
+        gradient = g.op("ReduceSum", gradient, g.const(list(range(lead))), keepdims=0, hint="summed")
+    axes = [i for i, extent in enumerate(small) if extent == 1 and large[i + lead] != 1]
+    if axes:
+        gradient = g.op("ReduceSum", gradient, g.const(axes), keepdims=1, hint="summed")
+    return gradient

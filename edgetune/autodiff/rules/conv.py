@@ -1,0 +1,234 @@
+"""Reverse rule of Conv, any number of spatial axes, groups, stride, dilation, padding of each side its own.
+
+    dX           = transposed convolution of dY with W: exact, from W and dY alone
+    dW[o,c,k,l]  = Σ_b,y,x X[b, c, y·s+k·d-p, x·s+l·d-p] · dY[b,o,y,x]        one matrix product per tap (k, l)
+    db[o]        = Σ_b,y,x dY[b,o,y,x]
+
+For a Tucker codec the weight gradient stays in the factors (HOSVD paper, eq. 20-24): the same taps, over the batch rank
+and the channel rank instead of the batch and the channels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from edgetune.autodiff.builder import GraphBuilder
+from edgetune.autodiff.graph import ForwardGraph, Node
+from edgetune.autodiff.rule import Context, Rule, Stored, Want
+from edgetune.codecs import Hosvd, Svd
+from edgetune.codecs.base import Encoded, Use
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The static numbers of one convolution; one entry per spatial axis in each tuple."""
+
+    groups: int
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads_begin: tuple[int, ...]
+    pads_end: tuple[int, ...]
+    kernel: tuple[int, ...]
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+    out_channels: int
+
+    @staticmethod
+    def of(graph: ForwardGraph, node: Node) -> Geometry:
+        """Read the geometry of a Conv node; its padding must be explicit."""
+        weight = graph.shapes[node.inputs[1]]
+        spatial = len(weight) - 2
+        pads = tuple(node.attributes.get("pads", (0,) * (2 * spatial)))
+        return Geometry(
+            groups=int(node.attributes.get("group", 1)),
+            strides=tuple(node.attributes.get("strides", (1,) * spatial)),
+            dilations=tuple(node.attributes.get("dilations", (1,) * spatial)),
+            pads_begin=pads[:spatial],
+            pads_end=pads[spatial:],
+            kernel=tuple(weight[2:]),
+            input=graph.sample_shape(node.inputs[0])[1:],
+            output=graph.sample_shape(node.outputs[0])[1:],
+            out_channels=weight[0],
+        )
+
+    @property
+    def label(self) -> str:
+        """A name for functions that depend on these numbers, and on nothing else."""
+        parts = {
+            "g": (self.groups,), "i": self.input, "k": self.kernel, "s": self.strides, "d": self.dilations,
+            "p": self.pads_begin + self.pads_end,
+        }  # fmt: skip
+        return "_".join(letter + "x".join(map(str, values)) for letter, values in parts.items())
+
+
+def transposed_convolution(g: GraphBuilder, dy: str, weight: str, geometry: Geometry) -> str:
+    """Emit dX. ``output_padding`` restores the rows that a stride left over."""
+    leftover = [
+        size + begin + end - dilation * (kernel - 1) - 1 - stride * (out - 1)
+        for size, begin, end, dilation, kernel, stride, out in zip(
+            geometry.input, geometry.pads_begin, geometry.pads_end, geometry.dilations, geometry.kernel,
+            geometry.strides, geometry.output, strict=True,
+        )
+    ]  # fmt: skip
+    name = g.op(
+        "ConvTranspose",
+        dy,
+        weight,
+        hint="dx",
+        group=geometry.groups,
+        strides=list(geometry.strides),
+        dilations=list(geometry.dilations),
+        pads=[*geometry.pads_begin, *geometry.pads_end],
+        kernel_shape=list(geometry.kernel),
+        output_padding=leftover,
+    )
+    return str(name)
+
+
+def weight_gradient_taps(g: GraphBuilder, x: str, dy: str, geometry: Geometry) -> str:
+    """Emit Σ_b,y,x X·dY for every tap: [o, c, *kernel], or [g, o, c, *kernel] with o and c within a group if grouped.
+
+    ``x`` is [b, c, *input] (grouped: [b, g, c, *input] or [b, g·c, *input]), ``dy`` [b, o, *output]. The extents b and
+    c may be ranks, unknown until run time, so every reshape leaves one of them at most to be inferred.
+    """
+    spatial = len(geometry.kernel)
+    if geometry.groups == 1:
+        # Channels last: a tap is a slice of whole rows, and flattens to [b·y·x, c] without a copy.
+        source = g.op("Transpose", x, perm=[0, *range(2, 2 + spatial), 1], hint="x_last")
+        source = _pad(g, source, geometry, lead=1, trail=1)
+        rows = g.op("Flatten", g.op("Transpose", dy, perm=[1, 0, *range(2, 2 + spatial)], hint="dy_first"), axis=1)
+
+        def product(tap: tuple[int, ...]) -> str:
+            window = _window(g, source, geometry, tap, lead=1)
+            columns = g.op("Flatten", window, axis=1 + spatial, hint="columns")
+            return str(g.op("MatMul", rows, columns, hint="tap"))
+
+        return _stack(g, product, geometry.kernel, lead=2)
+    grouped = g.op("Reshape", x, g.const([0, geometry.groups, -1, *geometry.input]), hint="x_grouped")
+    source = g.op("Transpose", grouped, perm=[1, 2, 0, *range(3, 3 + spatial)], hint="x_first")
+    source = _pad(g, source, geometry, lead=3, trail=0)
+    dy = g.op("Reshape", dy, g.const([0, geometry.groups, -1, *geometry.output]), hint="dy_grouped")
+    dy = g.op("Transpose", dy, perm=[1, 2, 0, *range(3, 3 + spatial)], hint="dy_first")
+    rows = g.op("Transpose", g.op("Reshape", dy, g.const([0, 0, -1])), perm=[0, 2, 1], hint="dy_rows")
+
+    def grouped_product(tap: tuple[int, ...]) -> str:
+        window = _window(g, source, geometry, tap, lead=3)
+        columns = g.op("Reshape", window, g.const([0, 0, -1]), hint="columns")
+        return str(g.op("Transpose", g.op("MatMul", columns, rows, hint="tap"), perm=[0, 2, 1], hint="tap"))
+
+    return _stack(g, grouped_product, geometry.kernel, lead=3)
+
+
+def _stack(g: GraphBuilder, product: Callable[[tuple[int, ...]], str], kernel: tuple[int, ...], *, lead: int) -> str:
+    """Join the products of all taps along new trailing axes; each row is joined as soon as its taps are there."""
+
+    def build(prefix: tuple[int, ...]) -> str:
+        axis = len(prefix)
+        if axis == len(kernel):
+            return str(g.op("Unsqueeze", product(prefix), g.const([lead + i for i in range(axis)]), hint="tap"))
+        parts = [build((*prefix, i)) for i in range(kernel[axis])]
+        return parts[0] if len(parts) == 1 else str(g.op("Concat", *parts, axis=lead + axis, hint="taps"))
+
+    return build(())
+
+
+def _pad(g: GraphBuilder, source: str, geometry: Geometry, *, lead: int, trail: int) -> str:
+    if not any(geometry.pads_begin + geometry.pads_end):
+        return source
+    pads = [*[0] * lead, *geometry.pads_begin, *[0] * trail, *[0] * lead, *geometry.pads_end, *[0] * trail]
+    return str(g.op("Pad", source, g.const(pads), hint="x_padded"))
+
+
+def _window(g: GraphBuilder, source: str, geometry: Geometry, tap: tuple[int, ...], *, lead: int) -> str:
+    """Emit the input positions that ``tap`` meets; the source itself where those are all."""
+    padded = [sum(sides) for sides in zip(geometry.input, geometry.pads_begin, geometry.pads_end, strict=True)]
+    starts = [k * d for k, d in zip(tap, geometry.dilations, strict=True)]
+    ends = [b + (n - 1) * s + 1 for b, n, s in zip(starts, geometry.output, geometry.strides, strict=True)]
+    if not any(starts) and ends == padded and set(geometry.strides) == {1}:
+        return source
+    axes = list(range(lead, lead + len(geometry.kernel)))
+    bounds = [g.const(list(values)) for values in (starts, ends, axes, geometry.strides)]
+    return str(g.op("Slice", source, *bounds, hint="window"))
+
+
+def _wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:
+    return [Want(node.inputs[0], Use.WEIGHT_GRAD, groups=int(node.attributes.get("group", 1)))] if 1 in wrt else []
+
+
+def _backward(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
+    g, geometry = ctx.g, Geometry.of(ctx.graph, node)
+    gradients: dict[int, str] = {}
+    if 2 in wrt:
+        axes = [0, *range(2, 2 + len(geometry.kernel))]
+        gradients[2] = g.op("ReduceSum", dy, g.const(axes), keepdims=0, hint="db")
+    # The weight gradient comes first: while it is computed, dX does not exist yet.
+    if 1 in wrt:
+        gradients[1] = _weight_gradient(ctx, node, geometry, dy)
+    if 0 in wrt:
+        gradients[0] = transposed_convolution(g, dy, node.inputs[1], geometry)
+    return gradients
+
+
+def _weight_gradient(ctx: Context, node: Node, geometry: Geometry, dy: str) -> str:
+    stored = ctx.stored(node.inputs[0], geometry.groups)
+    shape = ctx.graph.shapes[node.inputs[1]]
+    encoded = stored.encoded
+    letters = list(encoded.bases)
+    inputs = [dy, *encoded.stored, *encoded.bases.values()]
+
+    def body(g: GraphBuilder, names: Sequence[str]) -> str:
+        count = 1 + len(encoded.stored)
+        local = Encoded(tuple(names[1:count]), dict(zip(letters, names[count:], strict=True)), None)
+        inner = Stored(stored.codec, stored.saved, local)
+        rule = _IN_FACTORS.get(stored.codec.name, decoded_weight_gradient)
+        dw = rule(g, inner, names[0], geometry)
+        return dw if geometry.groups == 1 else str(g.op("Reshape", dw, g.const(list(shape)), hint="dw"))
+
+    label = "_".join(["ConvWeightGrad", stored.codec.name, *letters, geometry.label, f"w{shape[0]}x{shape[1]}"])
+    return ctx.function(label, inputs, "dw", body)
+
+
+def decoded_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: Geometry) -> str:
+    """Emit the default of every codec: decode, then the ordinary taps."""
+    decoded = stored.codec.emit_decode(g, stored.encoded, stored.saved)
+    return weight_gradient_taps(g, decoded, dy, geometry)
+
+
+def _batch_rank(g: GraphBuilder, factor: str, dy: str, geometry: Geometry) -> str:
+    """Emit Z1[r1,o,y,x] = Σ_b U¹[b,r1] · dY[b,o,y,x] (eq. 20)."""
+    transposed = g.op("Transpose", factor, perm=[1, 0], hint="factor_t")
+    z1 = g.op("MatMul", transposed, g.op("Flatten", dy, axis=1, hint="dy_flat"), hint="z1")
+    channels = -1  # the ranks are unknown here, so the leading axis is copied and the channels are inferred
+    return str(g.op("Reshape", z1, g.const([0, channels, *geometry.output]), hint="z1"))
+
+
+def _svd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: Geometry) -> str:
+    factor, core = stored.encoded.stored
+    return weight_gradient_taps(g, core, _batch_rank(g, factor, dy, geometry), geometry)
+
+
+def _hosvd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: Geometry) -> str:
+    hosvd = stored.codec
+    assert isinstance(hosvd, Hosvd)
+    z1 = _batch_rank(g, stored.encoded.stored[0], dy, geometry)
+    z3 = hosvd.emit_spatial(g, stored.encoded, stored.saved)  # [r1, g, r2, h, w]
+    if geometry.groups == 1:
+        z3 = g.op("Reshape", z3, g.const([0, -1, *geometry.input]), hint="z3")
+    z4 = weight_gradient_taps(g, z3, z1, geometry)  # [o, r2, *kernel] or [g, o, r2, *kernel] (eq. 23)
+    if "c" not in stored.encoded.bases:
+        return z4
+    basis = stored.encoded.bases["c"]  # [g, c, r2]
+    if geometry.groups == 1:  # eq. 24 as the paper has it, a 1×1 convolution: it writes dW where it belongs
+        channels = stored.saved.shape[0]
+        kernel = g.op("Reshape", basis, g.const([channels, -1, *[1] * len(geometry.kernel)]), hint="basis")
+        return str(g.op("Conv", z4, kernel, hint="dw"))
+    outputs = geometry.out_channels // geometry.groups
+    flat = g.op("Reshape", z4, g.const([geometry.groups, outputs, -1, math.prod(geometry.kernel)]), hint="z4")
+    return str(g.op("MatMul", g.op("Unsqueeze", basis, g.const([1]), hint="basis"), flat, hint="dw"))
+
+
+_IN_FACTORS = {Svd.name: _svd_weight_gradient, Hosvd.name: _hosvd_weight_gradient}
+
+RULES = {"Conv": Rule(_wants, _backward, "its input, through a codec")}

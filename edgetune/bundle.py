@@ -1,0 +1,393 @@
+"""The bundle: the one thing that passes from the host to the device, and all that both know of it.
+
+A bundle is a directory of plain files::
+
+    manifest.json         everything below, versioned; the sha256 of every other file
+    weights.safetensors   all weights; the graphs' constants point into it as ONNX external data
+    trunk.onnx            frozen prefix: inputs -> features
+    train.onnx            features, targets, parameters, bases -> loss, gradients, captured energy (readable: one
+                          model-local function per idea)
+    train.flat.onnx       the same with every function inlined, in the order in which it must be executed
+    calibrate.onnx        features, parameters -> Gram matrices of every tensor that will be compressed
+    update.onnx           parameters, gradients, optimizer state -> new parameters, new state
+    predict.onnx          features, parameters -> logits
+
+This module may know numpy, safetensors and the errors; it must not know onnx, a runtime, or how a graph was made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import safe_open
+
+from edgetune.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+WEIGHTS = "weights.safetensors"
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True)
+class TensorUse:
+    """One tensor of one graph: how large it is and how long it lives.
+
+    Attributes:
+        shape: one expression per axis: a product of integers and symbols joined by ``*``, such as ``"7"``,
+            ``"batch"`` or ``"4*batch*rank.conv1.c"`` (see ``planning.sizes``).
+        dtype: numpy name of the element type.
+        kind: ``feature`` | ``target`` | ``parameter`` | ``basis`` | ``state`` | ``scalar`` (graph inputs),
+            ``constant`` (weights in the graph), ``gradient`` | ``output`` (graph outputs), ``saved`` (kept by the
+            forward pass for the backward pass), ``transient``.
+        first: index of the node that allocates it; -1 for what exists before the graph runs.
+        last: index of the last node that needs it; ``len(nodes)`` for what outlives the run.
+        buffer: the tensor whose memory it occupies; its own name unless it is a view or computed in place.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    dtype: str
+    kind: str
+    first: int
+    last: int
+    buffer: str
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Scratch memory that the kernel of one node takes beyond its inputs and outputs; ``elements`` as in a shape."""
+
+    node: int
+    elements: str
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stretch of a graph in a file of its own: its nodes end before index ``end`` of the whole graph's.
+
+    A runtime holds every input of a graph until the graph ends. So where the backward pass does not need the features,
+    the train graph also comes as two stages, forward and backward, and the features are gone before the second.
+    """
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    end: int
+
+
+@dataclass(frozen=True)
+class GraphSpec:
+    """One graph: its readable file, the same with every function inlined, and what the planner sees of it.
+
+    ``nodes`` are the node names of ``flat_file`` in the order in which they must be executed. Where there are
+    ``stages``, an engine runs those, one after the other, instead of ``flat_file``. ``in_place`` maps outputs to the
+    inputs whose buffers they are written to: such an output depends on its input through element-wise operators alone,
+    so by the time it is written nothing is left to read what it replaces.
+    """
+
+    file: str
+    flat_file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    nodes: tuple[str, ...]
+    tensors: tuple[TensorUse, ...]
+    workspaces: tuple[Workspace, ...] = ()
+    stages: tuple[StageSpec, ...] = ()
+    in_place: Mapping[str, str] = field(default_factory=dict)
+
+    def run_stages(self) -> tuple[StageSpec, ...]:
+        """Return what an engine runs: the stages, or the whole graph as the only one."""
+        return self.stages or (StageSpec(self.flat_file, self.inputs, self.outputs, len(self.nodes)),)
+
+
+@dataclass(frozen=True)
+class ModeSpec:
+    """One truncated mode of a compressed tensor.
+
+    Attributes:
+        letter: ``b`` | ``c`` | ``h`` | ``w`` (the legend of DESIGN.md).
+        size: extent of the mode (per group for ``c``); None for the batch.
+        groups: number of independent factors (the groups of a convolution); 1 otherwise.
+        rank: symbol of its rank, such as ``rank.layer4.1.conv1.c``.
+        input: the graph input that carries its basis ([groups, size, rank]) or, for ``b``, its sketch ([batch, rank]).
+    """
+
+    letter: str
+    size: int | None
+    groups: int
+    rank: str
+    input: str
+
+
+@dataclass(frozen=True)
+class SavedSpec:
+    """One tensor that the forward pass keeps for a weight gradient, and how.
+
+    ``name`` is that of the first layer that reads it; ``shape`` excludes the batch. ``energy`` is the graph output
+    with its captured energy ‖decoded‖²/‖X‖² (None for a lossless codec).
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    codec: str
+    config: Mapping[str, Any]
+    shape: tuple[int, ...]
+    groups: int = 1
+    modes: tuple[ModeSpec, ...] = ()
+    energy: str | None = None
+    stored: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One trained layer. ``input_shape`` excludes the batch; ``role`` is ``tail`` or ``head``; ``saved`` names the
+    :class:`SavedSpec` that holds its input."""
+
+    name: str
+    op: str
+    role: str
+    input_shape: tuple[int, ...]
+    weight: str
+    bias: str | None
+    saved: str
+
+    def dense_bytes(self, batch: int) -> int:
+        """Return the float32 bytes of this layer's input for ``batch`` samples: what the papers count."""
+        return 4 * batch * int(np.prod(self.input_shape))
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One trained tensor, under the model's own name."""
+
+    name: str
+    shape: tuple[int, ...]
+    layer: str
+    role: str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A graph input or output that engines exchange with their callers. ``shape`` excludes the batch."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class PreprocessSpec:
+    """How a decoded image becomes one sample: resized to the input size, scaled to [0, 1], then (v - mean) / std.
+
+    ``color`` is ``L`` or ``RGB`` (or ``none`` where the input is not an image); ``mean`` and ``std`` hold one value
+    per channel.
+    """
+
+    color: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """``kind`` is ``cross_entropy``: softmax cross-entropy, averaged over the batch, with label smoothing."""
+
+    kind: str = "cross_entropy"
+    label_smoothing: float = 0.0
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """``kind`` is ``sgd`` or ``adamw``; ``slots`` are the state tensors kept per parameter; ``scalars`` the inputs of
+    update.onnx that hold the hyper-parameters, with their default values."""
+
+    kind: str
+    slots: tuple[str, ...]
+    scalars: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """All that a device needs to know of a bundle beyond its weights."""
+
+    format_version: int
+    model: str
+    made_by: str
+    opset: int
+    inputs: tuple[TensorSpec, ...]
+    features: tuple[TensorSpec, ...]
+    logits: TensorSpec
+    classes: tuple[str, ...]
+    preprocess: PreprocessSpec
+    loss: LossSpec
+    optimizer: OptimizerSpec
+    codec: str
+    layers: tuple[LayerSpec, ...]
+    saved: tuple[SavedSpec, ...]
+    parameters: tuple[ParameterSpec, ...]
+    graphs: Mapping[str, GraphSpec]
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the manifest as JSON text; :meth:`from_json` reads it back equal."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
+
+    @staticmethod
+    def from_json(text: str) -> Manifest:
+        """Return the manifest that ``text`` holds.
+
+        Raises:
+            BundleError: not JSON, another format version, or a field missing, unknown or of the wrong type.
+        """
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise BundleError(f"{MANIFEST} is not JSON ({error}); export the bundle again") from None
+        version = data.get("format_version") if isinstance(data, dict) else None
+        if version != FORMAT_VERSION:
+            raise BundleError(
+                f"the bundle's format version is {version!r}; this EdgeTune reads version {FORMAT_VERSION}: export the "
+                "bundle again with this version, or install the version that wrote it"
+            )
+        manifest: Manifest = from_plain(Manifest, data, "manifest")
+        return manifest
+
+
+def from_plain(kind: Any, value: Any, where: str) -> Any:
+    """Return ``value`` (plain JSON data) as an instance of the type ``kind``; the inverse of ``dataclasses.asdict``.
+
+    Raises:
+        BundleError: a field is missing, unknown, or of the wrong type; the message names its place.
+    """
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        if not isinstance(value, dict):
+            raise BundleError(f"{where}: expected an object, found {type(value).__name__}")
+        hints = typing.get_type_hints(kind)
+        fields = {f.name: f for f in dataclasses.fields(kind)}
+        unknown = set(value) - set(fields)
+        missing = {
+            name
+            for name, f in fields.items()
+            if name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        if unknown or missing:
+            raise BundleError(f"{where}: unknown fields {sorted(unknown)}, missing fields {sorted(missing)}")
+        return kind(**{name: from_plain(hints[name], item, f"{where}.{name}") for name, item in value.items()})
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return from_plain(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise BundleError(f"{where}: expected a list, found {type(value).__name__}")
+        return tuple(from_plain(args[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, dict):
+            raise BundleError(f"{where}: expected an object, found {type(value).__name__}")
+        return {key: from_plain(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise BundleError(f"{where}: expected {kind.__name__}, found {type(value).__name__}")
+    return value
+
+
+def sha256_of(path: Path) -> str:
+    """Return the hexadecimal SHA-256 of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while piece := stream.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def sync_directory(path: Path) -> None:
+    """Flush a directory's entries to disk, so that a rename in it survives a power loss."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: its directory and its manifest."""
+
+    path: Path
+    manifest: Manifest
+
+    @staticmethod
+    def open(path: str | Path, *, verify: bool = True) -> Bundle:
+        """Open the bundle in the directory ``path``; with ``verify``, check the hash of every file it lists.
+
+        Raises:
+            BundleError: missing, of another version, incomplete, or changed since it was written.
+        """
+        root = Path(path)
+        if not (root / MANIFEST).is_file():
+            raise BundleError(f"'{root}' is not a bundle: it holds no {MANIFEST}; make one with 'edgetune export'")
+        manifest = Manifest.from_json((root / MANIFEST).read_text("utf-8"))
+        for name, expected in manifest.files.items():
+            if Path(name).name != name:
+                raise BundleError(f"{MANIFEST} names '{name}', which is not a plain file name inside the bundle")
+            file = root / name
+            if not file.is_file():
+                raise BundleError(f"the bundle '{root}' lacks its file {name}; copy or export it again")
+            if verify and sha256_of(file) != expected:
+                raise BundleError(
+                    f"{file} is not the file that was exported (its SHA-256 differs); copy or export the bundle again"
+                )
+        listed = set(manifest.files)
+        for graph in manifest.graphs.values():
+            if not {graph.file, graph.flat_file, *(stage.file for stage in graph.stages)} <= listed:
+                raise BundleError(f"{MANIFEST} names a graph without a hash: {graph.file}; export the bundle again")
+        return Bundle(root, manifest)
+
+    @property
+    def digest(self) -> str:
+        """The SHA-256 of the manifest, which itself holds the hash of every file: the bundle's identity."""
+        return sha256_of(self.path / MANIFEST)
+
+    def initial_parameters(self) -> dict[str, Array]:
+        """Return copies of the exported values of all trained tensors, keyed by the model's own names."""
+        wanted = [spec.name for spec in self.manifest.parameters]
+        return dict(self._read(wanted))
+
+    def _read(self, names: list[str]) -> Iterator[tuple[str, Array]]:
+        with safe_open(self.path / WEIGHTS, framework="numpy") as stream:
+            for name in names:
+                yield name, stream.get_tensor(name)
+
+
+def write_manifest(root: Path, manifest: Manifest) -> Bundle:
+    """Hash every file in ``root``, write the manifest last, and return the opened bundle.
+
+    The manifest is written to a temporary name and renamed, so a directory with a manifest is a complete bundle.
+    """
+    files = {p.name: sha256_of(p) for p in sorted(root.iterdir()) if p.name != MANIFEST}
+    complete = dataclasses.replace(manifest, files=files)
+    temporary = root / (MANIFEST + ".tmp")
+    with temporary.open("w", encoding="utf-8") as stream:
+        stream.write(complete.to_json())
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.rename(root / MANIFEST)
+    sync_directory(root)
+    return Bundle(root, complete)

@@ -1,0 +1,51 @@
+"""Truncated SVD of the b × chw unfolding (HOSVD paper, eq. 4-5). Knows numpy and the codec protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from edgetune.codecs.base import Array, Emitter, Encoded, Saved
+from edgetune.codecs.energy import emit_captured_energy
+from edgetune.codecs.subspace import emit_top_subspace, top_subspace
+
+
+class Svd:
+    """Stores U [b, r1] and ΣVᵀ = UᵀX [r1, c·h·w]: r1·(b + chw) elements.
+
+    The left singular vectors of the batch mode have no meaning beyond their batch, so they are found in the step.
+    """
+
+    name = "svd"
+    lossy = True
+
+    def letters(self, saved: Saved) -> tuple[str, ...]:
+        """Only the batch mode is cut."""
+        return ("b",)
+
+    def encode(self, x: Array, saved: Saved, bases: Mapping[str, Array]) -> dict[str, Array]:
+        """Return ``factor`` [b, r1] and ``core`` [r1, *shape]."""
+        flat = x.reshape(len(x), -1)
+        factor = top_subspace(flat @ flat.T, bases["b"])
+        return {"factor": factor, "core": (factor.T @ flat).reshape(-1, *saved.shape)}
+
+    def decode(self, stored: Mapping[str, Array], saved: Saved, bases: Mapping[str, Array]) -> Array:
+        """Return U · (UᵀX)."""
+        return np.tensordot(stored["factor"], stored["core"], axes=1)
+
+    def emit_encode(self, g: Emitter, x: str, saved: Saved, bases: Mapping[str, str]) -> Encoded:
+        """Emit the Gram matrix of the batch, its leading subspace, and the projection."""
+        flat = g.op("Flatten", x, axis=1, hint="flat")
+        gram = g.op("Gemm", flat, flat, transB=1, hint="gram")
+        factor = emit_top_subspace(g, gram, bases["b"])
+        rows = g.op("MatMul", g.op("Transpose", factor, perm=[1, 0], hint="factor_t"), flat, hint="rows")
+        core = g.op("Reshape", rows, g.const([-1, *saved.shape]), hint="core")
+        axes = 1 + len(saved.shape)
+        return Encoded((factor, core), {}, emit_captured_energy(g, core, axes, x, axes))
+
+    def emit_decode(self, g: Emitter, encoded: Encoded, saved: Saved) -> str:
+        """Emit U · (UᵀX)."""
+        factor, core = encoded.stored
+        flat = g.op("MatMul", factor, g.op("Flatten", core, axis=1, hint="flat"), hint="decoded_flat")
+        return str(g.op("Reshape", flat, g.const([-1, *saved.shape]), hint="decoded"))

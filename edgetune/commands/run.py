@@ -1,0 +1,75 @@
+"""``edgetune run``: parse the options, hand them to the agent. What the agent does is the agent's business."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def run(
+    bundle: Annotated[Path, typer.Argument(help="The bundle that 'edgetune export' wrote.")],
+    data: Annotated[Path, typer.Option("--data", help="Folder of samples: <label>/<image>, or with metadata.jsonl.")],
+    state: Annotated[Path, typer.Option("--state", help="The agent's own directory; made, or resumed.")],
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="What the whole process may take, such as 512MiB. Chooses ε.")
+    ] = None,
+    activation_budget: Annotated[
+        str | None, typer.Option("--activation-budget", help="What may be saved for the backward pass, such as 8MiB.")
+    ] = None,
+    engine: Annotated[str, typer.Option("--engine", help="auto, onnxruntime or torch.")] = "auto",
+    batch: Annotated[
+        int | None, typer.Option("--batch", help="Samples per step (default: as the state was made with, else 16).")
+    ] = None,
+    epsilon: Annotated[
+        float | None, typer.Option("--epsilon", help="Energy kept per mode, in (0, 1] (default: chosen by the budget).")
+    ] = None,
+    max_steps: Annotated[
+        int | None, typer.Option("--max-steps", help="Stop at this step number; steps before a restart count.")
+    ] = None,
+    epochs: Annotated[int, typer.Option("--epochs", help="Passes over every sample.")] = 1,
+    once: Annotated[bool, typer.Option("--once", help="Train on what is there and stop, instead of watching.")] = False,
+    holdout: Annotated[
+        int, typer.Option("--holdout", help="Hold out every k-th new sample of a class for evaluation; 0 = none.")
+    ] = 5,
+    checkpoint_every: Annotated[int, typer.Option("--checkpoint-every", help="Steps between two checkpoints.")] = 20,
+    learning_rate: Annotated[
+        float | None, typer.Option("--learning-rate", help="Of the optimizer (default: the bundle's).")
+    ] = None,
+    weight_decay: Annotated[
+        float | None, typer.Option("--weight-decay", help="Of the optimizer (default: the bundle's).")
+    ] = None,
+    momentum: Annotated[
+        float | None, typer.Option("--momentum", help="Of the optimizer (default: the bundle's).")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", help="Order of the samples (default: as the state was made with, else 0).")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+) -> None:
+    """Train on the samples in a folder inside a memory budget, and lose nothing when the power goes."""
+    from edgetune.agent.config import AgentConfig
+    from edgetune.agent.loop import run_agent
+    from edgetune.bundle import Bundle
+    from edgetune.units import parse_bytes
+
+    given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "momentum": momentum}
+    config = AgentConfig(
+        data=data,
+        state=state,
+        budget_bytes=None if budget is None else parse_bytes(budget),
+        activation_budget_bytes=None if activation_budget is None else parse_bytes(activation_budget),
+        engine=engine,
+        batch=batch,
+        epsilon=epsilon,
+        max_steps=max_steps,
+        epochs=epochs,
+        once=once,
+        holdout=holdout,
+        checkpoint_every=checkpoint_every,
+        hyper={name: value for name, value in given.items() if value is not None},
+        seed=seed,
+        quiet=quiet,
+    )
+    run_agent(Bundle.open(bundle), config)

@@ -1,0 +1,48 @@
+"""``edgetune status``: where a run stands. Reads the state directory, also while an agent works on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def status(
+    state: Annotated[Path, typer.Argument(help="The state directory of a run.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """Show step, accuracy, samples, plan and last event of a run."""
+    import json
+
+    from edgetune.agent.summary import status as summarize
+
+    found = summarize(state)
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    from edgetune.units import format_bytes
+
+    table = Table(title=f"{found['model']} in {found['state']}", show_header=False)
+    stored = "none yet" if found["step"] is None else str(found["step"])
+    table.add_row("step", f"{stored} stored, {found['logged_step'] or 0} logged")
+    table.add_row(
+        "held-out accuracy", f"{_percent(found['accuracy_before'])} before, {_percent(found['accuracy'])} now"
+    )
+    table.add_row("samples", ", ".join(f"{count} {name}" for name, count in found["samples"].items()))
+    if (plan := found["plan"]) is not None:
+        budget = "none" if plan["budget_bytes"] is None else format_bytes(plan["budget_bytes"])
+        table.add_row("plan", f"batch {plan['batch']}, micro-batch {plan['micro_batch']}, ε {plan['epsilon']}")
+        table.add_row("memory", f"predicted {format_bytes(plan['predicted_peak_bytes'])}, budget {budget}")
+    for entry in found["quarantined"]:
+        table.add_row("quarantined", f"{entry['path']}: {entry['reason']}")
+    if (last := found["last_event"]) is not None:
+        table.add_row("last event", str(last.get("message", last["event"])))
+    Console().print(table)
+
+
+def _percent(value: float | None) -> str:
+    return "unknown" if value is None else f"{value:.1%}"

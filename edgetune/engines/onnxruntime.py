@@ -1,0 +1,208 @@
+"""The default engine: stock onnxruntime, CPU or CUDA, no training build (DESIGN.md section 5).
+
+Imported lazily. Knows the bundle and onnxruntime.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgetune.bundle import Array, Bundle, GraphSpec
+from edgetune.engines.runtime import Handle
+from edgetune.errors import EngineError, choices
+
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
+_THRESHOLD_BYTES = 128 * 1024
+
+
+def import_onnxruntime() -> Any:
+    """Return the module.
+
+    Raises:
+        EngineError: none is installed; several distributions provide it, so the message says which to choose.
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise EngineError(
+            f"onnxruntime cannot be imported ({error}). Install one: 'onnxruntime' for a CPU, 'onnxruntime-gpu' for a "
+            "CUDA workstation; on a Jetson the wheel that matches its JetPack (NVIDIA's Jetson package index)"
+        ) from None
+    return onnxruntime
+
+
+def return_memory_to_the_system() -> None:
+    """Make glibc hand every freed block above 128 KiB back at once.
+
+    By default its threshold grows with use, and freed activations stay with the process: the peak would then depend on
+    the history, not on the plan. Elsewhere than on glibc nothing is done.
+    """
+    if sys.platform != "linux":
+        return
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD_BYTES)
+        libc.mallopt(_M_ARENA_MAX, 1)
+    except (OSError, AttributeError):
+        return  # musl: its allocator returns large blocks anyway
+
+
+def providers(available: Sequence[str], gpu_limit_bytes: int | None = None) -> list[Any]:
+    """Return the execution providers to use, best first, with the settings that keep their memory visible."""
+    chosen: list[Any] = []
+    if "CUDAExecutionProvider" in available:
+        options: dict[str, str] = {
+            "arena_extend_strategy": "kSameAsRequested",
+            "cudnn_conv_use_max_workspace": "0",
+        }
+        if gpu_limit_bytes is not None:
+            options["gpu_mem_limit"] = str(gpu_limit_bytes)
+        chosen.append(("CUDAExecutionProvider", options))
+    return [*chosen, "CPUExecutionProvider"]
+
+
+class OnnxRuntime:
+    """Runs the graphs of a bundle in onnxruntime. See :class:`edgetune.engines.runtime.Runtime` for its laws."""
+
+    name = "onnxruntime"
+
+    def __init__(self, bundle: Bundle, *, gpu_limit_bytes: int | None = None, threads: int | None = None) -> None:
+        self._ort = import_onnxruntime()
+        self._bundle = bundle
+        self._providers = providers(self._ort.get_available_providers(), gpu_limit_bytes)
+        self._device = "cuda" if len(self._providers) > 1 else "cpu"
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._sessions: dict[tuple[str, int], Any] = {}
+        if self._device == "cpu":
+            return_memory_to_the_system()
+
+    def load(self, graph: str) -> None:
+        """Load every stage of ``graph``."""
+        for stage in range(len(self._spec(graph).run_stages())):
+            self._session(graph, stage)
+
+    def put(self, array: Array) -> Handle:
+        """Return ``array`` as an OrtValue; on a CPU without a copy."""
+        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
+
+    def get(self, handle: Handle) -> Array:
+        """Return the contents of an OrtValue."""
+        array: Array = handle.numpy()
+        return array
+
+    def run(
+        self,
+        graph: str,
+        feeds: Mapping[str, Handle],
+        outputs: Sequence[str],
+        into: Mapping[str, Handle] | None = None,
+        stage: int = 0,
+    ) -> dict[str, Handle]:
+        """Run one stage of ``graph``."""
+        return self._run(self._session(graph, stage), graph, stage, feeds, outputs, into or {})
+
+    def _run(
+        self,
+        session: Any,
+        graph: str,
+        stage: int,
+        feeds: Mapping[str, Handle],
+        outputs: Sequence[str],
+        into: Mapping[str, Handle],
+    ) -> dict[str, Handle]:
+        binding = session.io_binding()
+        for name in self._spec(graph).run_stages()[stage].inputs:
+            if name not in feeds:
+                raise EngineError(f"graph '{graph}' reads '{name}', which was not given; given: {choices(feeds)}")
+            binding.bind_ortvalue_input(name, feeds[name])
+        for name in outputs:
+            if name in into:
+                binding.bind_ortvalue_output(name, into[name])
+            else:
+                binding.bind_output(name, self._device)
+        try:
+            session.run_with_iobinding(binding)
+        except Exception as error:  # onnxruntime raises its own kinds, none of them public
+            raise EngineError(f"onnxruntime failed in graph '{graph}': {error}") from error
+        return dict(zip(outputs, binding.get_outputs(), strict=True))
+
+    def verify_order(self, graph: str, feeds: Mapping[str, Handle]) -> None:
+        """Profile one run of every stage of ``graph`` and compare the executed order with the emitted one."""
+        events: list[Mapping[str, Any]] = []
+        known = dict(feeds)
+        for stage, spec in enumerate(self._spec(graph).run_stages()):
+            with tempfile.TemporaryDirectory(prefix="edgetune-") as scratch:
+                session = self._session(graph, stage, profile=Path(scratch) / "order")
+                known |= self._run(session, graph, stage, known, spec.outputs, {})
+                events += json.loads(Path(session.end_profiling()).read_text("utf-8"))
+        check_order(graph, self._spec(graph).nodes, events)
+
+    def _spec(self, graph: str) -> GraphSpec:
+        graphs = self._bundle.manifest.graphs
+        if graph not in graphs:
+            raise EngineError(f"the bundle has no graph '{graph}'; it has: {choices(graphs)}")
+        return graphs[graph]
+
+    def _session(self, graph: str, stage: int, profile: Path | None = None) -> Any:
+        if (graph, stage) not in self._sessions or profile is not None:
+            options = self._options(graph)
+            if profile is not None:
+                options.enable_profiling = True
+                options.profile_file_prefix = str(profile)
+            path = str(self._bundle.path / self._spec(graph).run_stages()[stage].file)
+            try:
+                session = self._ort.InferenceSession(path, options, providers=self._providers)
+            except Exception as error:
+                raise EngineError(f"onnxruntime {self._ort.__version__} cannot load {path}: {error}") from error
+            self._sessions[graph, stage] = session
+        return self._sessions[graph, stage]
+
+    def _options(self, graph: str) -> Any:
+        ort = self._ort
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.intra_op_num_threads = self._threads
+        options.inter_op_num_threads = 1
+        options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
+        # Buffers planned ahead and arenas that keep what they got would hide every byte that a codec frees.
+        options.enable_mem_pattern = False
+        options.enable_cpu_mem_arena = False
+        # Reuse of a dead buffer by a later tensor keeps it allocated in between.
+        options.enable_mem_reuse = False
+        if graph == "trunk":
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        else:
+            # Fused nodes are appended and lose their place; the emitted order is what the memory plan rests on.
+            options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+            options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
+        return options
+
+
+def check_order(graph: str, emitted: Sequence[str], events: Sequence[Mapping[str, Any]]) -> None:
+    """Compare the kernel events of a profile, which come in the order of execution, with the emitted node names.
+
+    Raises:
+        EngineError: a node is missing, or ran at another place; the message names the first one.
+    """
+    known = set(emitted)
+    suffix = "_kernel_time"
+    kernels = (e["name"] for e in events if e.get("cat") == "Node" and e["name"].endswith(suffix))
+    names = [name.removesuffix(suffix) for name in kernels]
+    executed = [name for name in names if name in known]
+    for place, expected in enumerate(emitted):
+        found = executed[place] if place < len(executed) else "nothing"
+        if found != expected:
+            raise EngineError(
+                f"graph '{graph}': the runtime executes '{found}' where '{expected}' was emitted (place {place} of "
+                f"{len(emitted)}), so the memory plan does not hold; use onnxruntime 1.17 or newer"
+            )

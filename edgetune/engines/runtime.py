@@ -1,0 +1,48 @@
+"""What an engine is: something that runs the graphs of a bundle. Knows the bundle and numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from edgetune.bundle import Array
+
+Handle = Any  # a tensor where the runtime wants it: an OrtValue, a torch tensor
+
+
+class Runtime(Protocol):
+    """Loads and runs the graphs of one bundle. Laws:
+
+    1. ``get(put(x))`` equals ``x``.
+    2. nodes are executed in the order of ``GraphSpec.nodes`` (the trunk excepted); :meth:`verify_order` proves it.
+    3. an output named in ``into`` is written to that buffer, even if the same buffer is an input.
+    4. every tensor that ``run`` makes and does not return is free again when it returns.
+    """
+
+    name: str
+
+    def load(self, graph: str) -> None:
+        """Load ``graph`` now rather than at its first run."""
+
+    def put(self, array: Array) -> Handle:
+        """Return ``array`` as a handle; the array must not be written to afterwards."""
+
+    def get(self, handle: Handle) -> Array:
+        """Return the contents of ``handle``; a view where possible."""
+
+    def run(
+        self,
+        graph: str,
+        feeds: Mapping[str, Handle],
+        outputs: Sequence[str],
+        into: Mapping[str, Handle] | None = None,
+        stage: int = 0,
+    ) -> dict[str, Handle]:
+        """Run one stage of ``graph`` and return ``outputs``; feeds that it does not read are ignored."""
+
+    def verify_order(self, graph: str, feeds: Mapping[str, Handle]) -> None:
+        """Run ``graph`` once and compare the order in which its nodes ran with the emitted one.
+
+        Raises:
+            EngineError: they differ; memory would be more than planned.
+        """

@@ -1,0 +1,123 @@
+"""How many bytes of one graph are alive while each of its nodes runs, and where that is most.
+
+This module may know a graph's description and the values of its symbols; it must not know phases, budgets or plans.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Container, Mapping
+from dataclasses import dataclass
+
+from edgetune.bundle import GraphSpec
+from edgetune.planning.sizes import elements, itemsize, nbytes
+
+FIXED_KINDS = ("constant", "parameter", "state", "basis", "scalar")
+"""Kinds of tensors that are resident all the time: the ledger counts them once, a timeline not at all."""
+
+# A buffer that several tensors occupy in turn bears the most lasting of their kinds.
+_PRECEDENCE = ("feature", "saved", "gradient", "target", "output", "transient")
+
+
+@dataclass(frozen=True)
+class LiveTensor:
+    """One buffer (``kind`` as in ``TensorUse``) or the scratch memory of the running node (``workspace``)."""
+
+    name: str
+    kind: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The first instant at which the most bytes are alive.
+
+    ``node`` is the index of the node that runs then (-1 in a graph without nodes); ``live`` is what is alive, largest
+    first, and its bytes sum to ``bytes``.
+    """
+
+    bytes: int
+    node: int
+    node_name: str
+    live: tuple[LiveTensor, ...]
+
+
+@dataclass(frozen=True)
+class _Buffer:
+    """Memory that one or more tensors occupy, from node ``first`` to node ``last`` (inclusive)."""
+
+    name: str
+    kind: str
+    bytes: int
+    first: int
+    last: int
+
+
+def timeline(graph: GraphSpec, symbols: Mapping[str, int], *, without: Container[str] = FIXED_KINDS) -> list[int]:
+    """Return the live bytes during each node of ``graph``, in execution order, workspaces included.
+
+    A buffer lives from the least ``first`` to the greatest ``last`` of the tensors in it and is as large as the
+    largest. A buffer that holds a tensor of a kind in ``without`` is left out, with every view of it.
+
+    Raises:
+        BundleError: a shape holds a symbol that ``symbols`` lacks.
+    """
+    return _timeline(graph, symbols, _buffers(graph, symbols, without))
+
+
+def peak(graph: GraphSpec, symbols: Mapping[str, int], *, without: Container[str] = FIXED_KINDS) -> Peak:
+    """Return the maximum of :func:`timeline` and what is alive there.
+
+    Raises:
+        BundleError: a shape holds a symbol that ``symbols`` lacks.
+    """
+    buffers = _buffers(graph, symbols, without)
+    usage = _timeline(graph, symbols, buffers)
+    if not usage:
+        return Peak(0, -1, "", ())
+    node = usage.index(max(usage))
+    live = [LiveTensor(b.name, b.kind, b.bytes) for b in buffers if b.first <= node <= b.last]
+    live += [
+        LiveTensor(graph.nodes[node], "workspace", elements((w.elements,), symbols) * itemsize(w.dtype))
+        for w in graph.workspaces
+        if w.node == node
+    ]
+    live.sort(key=lambda tensor: (-tensor.bytes, tensor.name))
+    return Peak(usage[node], node, graph.nodes[node], tuple(live))
+
+
+def _buffers(graph: GraphSpec, symbols: Mapping[str, int], without: Container[str]) -> list[_Buffer]:
+    """Return the buffers of ``graph`` in the order of their first mention."""
+    found: dict[str, _Buffer] = {}
+    resident: set[str] = set()
+    for use in graph.tensors:
+        if use.kind in without:
+            resident.add(use.buffer)
+            continue
+        size_bytes = nbytes(use, symbols)
+        old = found.get(use.buffer)
+        if old is None:
+            found[use.buffer] = _Buffer(use.buffer, use.kind, size_bytes, use.first, use.last)
+        else:
+            kind = min(old.kind, use.kind, key=_precedence)
+            first, last = min(old.first, use.first), max(old.last, use.last)
+            found[use.buffer] = _Buffer(use.buffer, kind, max(old.bytes, size_bytes), first, last)
+    return [buffer for name, buffer in found.items() if name not in resident]
+
+
+def _timeline(graph: GraphSpec, symbols: Mapping[str, int], buffers: list[_Buffer]) -> list[int]:
+    count = len(graph.nodes)
+    change = [0] * (count + 1)
+    for buffer in buffers:
+        start, stop = max(buffer.first, 0), min(buffer.last + 1, count)
+        if start < stop:
+            change[start] += buffer.bytes
+            change[stop] -= buffer.bytes
+    usage = list(itertools.accumulate(change[:count]))
+    for work in graph.workspaces:
+        usage[work.node] += elements((work.elements,), symbols) * itemsize(work.dtype)
+    return usage
+
+
+def _precedence(kind: str) -> int:
+    return _PRECEDENCE.index(kind) if kind in _PRECEDENCE else len(_PRECEDENCE)

@@ -1,0 +1,200 @@
+"""What the whole process needs at its worst instant: the lines that are always there, and the largest phase.
+
+This module may know the manifest, sizes and lifetimes; it must not know budgets, spectra or how a plan is chosen.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from edgetune.bundle import GraphSpec, Manifest, SavedSpec, TensorSpec
+from edgetune.errors import BundleError, UsageError, choices
+from edgetune.planning.memory import FIXED_KINDS, LiveTensor, Peak, peak
+from edgetune.planning.sizes import itemsize, nbytes
+
+LOSSLESS = "dense"
+"""Name of the codec that keeps a tensor as it is."""
+
+_FLOAT_BYTES = 4
+_LINE_OF = {"feature": "features", "saved": "saved", "gradient": "gradients", "workspace": "workspace"}
+_FIXED_LINES = ("runtime", "weights", "parameters", "optimizer", "bases")
+_PHASE_LINES = ("features", "saved", "gradients", "transient", "workspace")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The predicted worst instant of the process.
+
+    Attributes:
+        ledger: bytes by line (runtime, weights, parameters, optimizer, bases: always; features, saved, gradients,
+            transient, workspace: at the peak of the worst phase; correction: where a measurement gave one). They sum
+            to ``peak_bytes``.
+        peaks: by graph, the peak of the phase that runs it: all but the lines that are always there.
+        bottleneck: ``<graph>/<node>`` at the peak of the worst phase; empty for a bundle without graphs.
+    """
+
+    ledger: Mapping[str, int]
+    peak_bytes: int
+    peaks: Mapping[str, Peak]
+    bottleneck: str
+
+
+def predict(
+    manifest: Manifest,
+    *,
+    batch: int,
+    micro_batch: int,
+    ranks: Mapping[str, Mapping[str, int]],
+    runtime_bytes: int,
+    correction_bytes: int = 0,
+) -> Prediction:
+    """Return what training with batches of ``batch`` samples needs when the trunk runs on ``micro_batch`` at a time.
+
+    Always there: the runtime; the constants of all graphs, once per name (they point into one file); parameters and
+    optimizer state (float32); the bases that the train graph reads, and the full ones of which they are columns.
+    On top, the largest of these phases (a graph that the bundle lacks is skipped):
+
+    - trunk and predict at ``micro_batch`` samples; besides the trunk, the features of the whole batch;
+    - train and calibrate at ``batch`` samples: the features are their inputs;
+    - update, with the gradients as its inputs and the features still held by whoever called for the step (where the
+      train graph comes in stages, the features are gone by then).
+
+    Inputs of a graph belong to the caller, so they are counted until it ends, wherever its last use is.
+    ``correction_bytes`` (measured minus predicted, of either sign) is one more line. Monotone in ``batch``,
+    ``micro_batch`` and every rank.
+
+    Raises:
+        UsageError: ``ranks`` lacks a mode of the bundle.
+        BundleError: a shape holds a symbol that is neither ``batch`` nor a rank.
+    """
+    symbols = _symbols(manifest, batch, ranks)
+    few = {**symbols, "batch": micro_batch}
+    features = _whole_batch(manifest.features, batch)
+    held: dict[str, tuple[Mapping[str, int], list[LiveTensor]]] = {
+        "trunk": (few, features + _absent(manifest, "trunk", manifest.inputs, micro_batch)),
+        "train": (symbols, []),
+        "update": (symbols, features if not ("train" in manifest.graphs and manifest.graphs["train"].stages) else []),
+        "calibrate": (symbols, []),
+        "predict": (few, []),
+    }
+    peaks = {
+        name: _with(peak(_holding_inputs(manifest.graphs[name]), values), extra)
+        for name, (values, extra) in held.items()
+        if name in manifest.graphs
+    }
+    ledger = dict.fromkeys(_FIXED_LINES + _PHASE_LINES, 0)
+    parameter_bytes = sum(_FLOAT_BYTES * math.prod(spec.shape) for spec in manifest.parameters)
+    ledger["runtime"] = runtime_bytes
+    ledger["weights"] = _constant_bytes(manifest.graphs.values(), symbols)
+    ledger["parameters"] = parameter_bytes
+    ledger["optimizer"] = len(manifest.optimizer.slots) * parameter_bytes
+    ledger["bases"] = _basis_bytes(manifest, symbols)
+    bottleneck = ""
+    if peaks:
+        worst = max(peaks, key=lambda name: peaks[name].bytes)
+        bottleneck = f"{worst}/{peaks[worst].node_name}"
+        for tensor in peaks[worst].live:
+            ledger[_LINE_OF.get(tensor.kind, "transient")] += tensor.bytes
+    if correction_bytes:
+        ledger["correction"] = correction_bytes
+    return Prediction(ledger, sum(ledger.values()), peaks, bottleneck)
+
+
+def saved_bytes_by_tensor(
+    manifest: Manifest, *, batch: int, ranks: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, int]]:
+    """Return, per saved tensor of the bundle, the tensors of the train graph that hold it, with their bytes.
+
+    A tensor that two saved tensors share appears under both: merge the inner dictionaries before adding.
+
+    Raises:
+        BundleError: a saved tensor names one that the train graph lacks.
+        UsageError: ``ranks`` lacks a mode of the bundle.
+    """
+    symbols = _symbols(manifest, batch, ranks)
+    uses = {use.name: use for use in manifest.graphs["train"].tensors} if "train" in manifest.graphs else {}
+    found: dict[str, dict[str, int]] = {}
+    for spec in manifest.saved:
+        if not spec.stored and spec.codec == LOSSLESS:
+            found[spec.name] = {spec.name: dense_bytes(spec, batch)}
+            continue
+        for name in spec.stored:
+            if name not in uses:
+                raise BundleError(
+                    f"'{spec.name}' is stored in '{name}', which the train graph lacks; export the bundle again"
+                )
+        found[spec.name] = {name: nbytes(uses[name], symbols) for name in spec.stored}
+    return found
+
+
+def dense_bytes(spec: SavedSpec, batch: int) -> int:
+    """Return the float32 bytes of a saved tensor as it is before any codec, for ``batch`` samples."""
+    return _FLOAT_BYTES * batch * math.prod(spec.shape)
+
+
+def _symbols(manifest: Manifest, batch: int, ranks: Mapping[str, Mapping[str, int]]) -> dict[str, int]:
+    symbols = {"batch": batch}
+    for spec in manifest.saved:
+        for mode in spec.modes:
+            try:
+                symbols[mode.rank] = ranks[spec.name][mode.letter]
+            except KeyError:
+                raise UsageError(
+                    f"the ranks lack mode '{mode.letter}' of '{spec.name}'; expected one for each of: "
+                    f"{choices(f'{s.name}.{m.letter}' for s in manifest.saved for m in s.modes)}"
+                ) from None
+    return symbols
+
+
+def _holding_inputs(graph: GraphSpec) -> GraphSpec:
+    """Return ``graph`` with every input alive until the end: no runtime can free what its caller holds.
+
+    A graph in stages tells itself which inputs die with the first.
+    """
+    if graph.stages:
+        return graph
+    end = len(graph.nodes)
+    tensors = tuple(
+        dataclasses.replace(use, last=end) if use.first < 0 and use.kind not in FIXED_KINDS else use
+        for use in graph.tensors
+    )
+    return dataclasses.replace(graph, tensors=tensors)
+
+
+def _with(found: Peak, extra: list[LiveTensor]) -> Peak:
+    """Return ``found`` with tensors that are alive all through the phase."""
+    live = tuple(sorted((*found.live, *extra), key=lambda tensor: (-tensor.bytes, tensor.name)))
+    return dataclasses.replace(found, bytes=found.bytes + sum(tensor.bytes for tensor in extra), live=live)
+
+
+def _whole_batch(specs: tuple[TensorSpec, ...], batch: int) -> list[LiveTensor]:
+    """Return what a caller holds of ``specs`` for ``batch`` samples."""
+    return [LiveTensor(spec.name, "feature", batch * math.prod(spec.shape) * itemsize(spec.dtype)) for spec in specs]
+
+
+def _absent(manifest: Manifest, graph: str, specs: tuple[TensorSpec, ...], batch: int) -> list[LiveTensor]:
+    """Return those of ``specs`` that the graph's own tensors do not hold, so that none counts twice."""
+    listed = {use.name for use in manifest.graphs[graph].tensors} if graph in manifest.graphs else set()
+    return _whole_batch(tuple(spec for spec in specs if spec.name not in listed), batch)
+
+
+def _constant_bytes(graphs: Iterable[GraphSpec], symbols: Mapping[str, int]) -> int:
+    """Return the bytes of the constants of all graphs, each buffer once: they point into one file of weights."""
+    largest: dict[str, int] = {}
+    for graph in graphs:
+        for use in graph.tensors:
+            if use.kind == "constant":
+                largest[use.buffer] = max(largest.get(use.buffer, 0), nbytes(use, symbols))
+    return sum(largest.values())
+
+
+def _basis_bytes(manifest: Manifest, symbols: Mapping[str, int]) -> int:
+    """Return the bytes of the bases that the train graph reads, and of the full ones that a calibration keeps."""
+    read = 0
+    if "train" in manifest.graphs:
+        read = sum(nbytes(use, symbols) for use in manifest.graphs["train"].tensors if use.kind == "basis")
+    modes = (mode for spec in manifest.saved for mode in spec.modes)
+    return read + sum(_FLOAT_BYTES * mode.groups * mode.size**2 for mode in modes if mode.size is not None)

@@ -1,0 +1,111 @@
+"""``run``, ``status`` and ``report`` as commands: options, tables, JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from edgetune.agent import loop
+from edgetune.agent.config import AgentConfig
+from edgetune.agent.loop import run_agent
+from edgetune.agent.view import QuietView
+from edgetune.bundle import Bundle
+from edgetune.commands.report import report
+from edgetune.commands.run import run
+from edgetune.commands.status import status
+from edgetune.errors import StateError
+from tests.agent.fakes import RUNTIME_BYTES, Workshop, make_bundle, make_folder
+
+
+@pytest.fixture(scope="module")
+def app() -> typer.Typer:
+    made = typer.Typer()
+    for command in (run, status, report):
+        made.command()(command)
+    return made
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("commands")
+    make_folder(root / "data", 10)
+    (root / "data" / "cat" / "bad.png").write_bytes(b"x")
+    os.utime(root / "data" / "cat" / "bad.png", (1e9, 1e9))
+    settings = AgentConfig(
+        data=root / "data", state=root / "state", batch=4, once=True, epochs=2, budget_bytes=RUNTIME_BYTES + 50_000
+    )
+    run_agent(make_bundle(root / "bundle"), settings, parts=Workshop().parts(), view=QuietView())
+    return root / "state"
+
+
+def test_status(app: typer.Typer, state: Path) -> None:
+    found = json.loads(CliRunner().invoke(app, ["status", str(state), "--json"]).stdout)
+    assert found["step"] == found["logged_step"] == 12 and found["accuracy"] == 1.0
+    assert found["samples"] == {"new": 0, "heldout": 6, "trained": 24, "quarantined": 1}
+    assert [entry["path"] for entry in found["quarantined"]] == ["cat/bad.png"]
+    assert found["plan"]["budget_bytes"] == RUNTIME_BYTES + 50_000 and found["last_event"]["event"] == "stopped"
+    table = CliRunner().invoke(app, ["status", str(state)]).stdout
+    assert "12 stored" in table and "24 trained" in table and "cat/bad.png" in table
+
+
+def test_report(app: typer.Typer, state: Path) -> None:
+    found = json.loads(CliRunner().invoke(app, ["report", str(state), "--json"]).stdout)
+    assert found["steps"] == 12 and found["samples"] == 48 and found["epochs"] == 2
+    assert found["measured_peak_bytes"] == RUNTIME_BYTES + 20_000 and found["budget_kept"] is True
+    assert found["loss_last"] < found["loss_first"] and found["accuracy"] == 1.0 > found["accuracy_before"]
+    assert {"decode", "trunk", "train", "update", "checkpoint", "evaluate"} <= set(found["seconds"])
+    assert found["events"]["step"] == 12
+    table = CliRunner().invoke(app, ["report", str(state)]).stdout
+    assert "kept at every step" in table and "seconds: train" in table
+
+
+def test_a_directory_that_is_no_state_is_named(app: typer.Typer, tmp_path: Path) -> None:
+    for command in ("status", "report"):
+        result = CliRunner().invoke(app, [command, str(tmp_path)])
+        assert isinstance(result.exception, StateError) and "state.json" in str(result.exception)
+
+
+def test_the_options_of_run_reach_the_agent(app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Bundle, AgentConfig]] = []
+
+    def remember(bundle: Bundle, config: AgentConfig, **options: Any) -> None:
+        seen.append((bundle, config))
+
+    monkeypatch.setattr(loop, "run_agent", remember)
+    bundle = make_bundle(tmp_path / "b")
+    words = [
+        "run", str(bundle.path), "--data", "d", "--state", "s", "--budget", "64MiB", "--activation-budget", "1 MB",
+        "--engine", "onnxruntime", "--batch", "8", "--epsilon", "0.75", "--max-steps", "9", "--epochs", "3", "--once",
+        "--holdout", "4", "--checkpoint-every", "7", "--learning-rate", "0.5", "--momentum", "0", "--seed", "3",
+        "--quiet",
+    ]  # fmt: skip
+    assert CliRunner().invoke(app, words).exit_code == 0
+    opened, config = seen[0]
+    assert opened.digest == bundle.digest
+    assert config == AgentConfig(
+        data=Path("d"), state=Path("s"), budget_bytes=64 * 2**20, activation_budget_bytes=10**6, engine="onnxruntime",
+        batch=8, epsilon=0.75, max_steps=9, epochs=3, once=True, holdout=4, checkpoint_every=7,
+        hyper={"learning_rate": 0.5, "momentum": 0.0}, seed=3, quiet=True,
+    )  # fmt: skip
+    assert CliRunner().invoke(app, ["run", str(bundle.path), "--data", "d", "--state", "s"]).exit_code == 0
+    assert seen[1][1] == AgentConfig(data=Path("d"), state=Path("s"))  # the defaults are those of the config
+
+
+def test_importing_a_command_is_cheap_and_the_agent_never_sees_the_host(state: Path) -> None:
+    code = (
+        "import sys; import edgetune.commands.run, edgetune.commands.status, edgetune.commands.report\n"
+        "assert not {'numpy', 'PIL', 'rich.live', 'watchfiles', 'sqlite3'} & set(sys.modules), 'heavy import'\n"
+        "import edgetune.agent.loop\n"
+        "assert not {'torch', 'onnx', 'onnxruntime'} & set(sys.modules), 'forbidden import'\n"
+    )
+    root = Path(__file__).resolve().parents[2]
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
