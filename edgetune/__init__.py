@@ -9,12 +9,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgetune.version import __version__
+
 if TYPE_CHECKING:
     from edgetune.bundle import Array, Bundle
     from edgetune.engines.session import TrainingSession
     from edgetune.planning.plan import Plan
 
-__version__ = "0.1.0"
 __all__ = ["TrainingSession", "__version__", "export", "open_bundle", "plan"]
 
 
@@ -82,7 +83,7 @@ def plan(
     Raises:
         BudgetError: nothing fits; the message names the least budget that does.
     """
-    from edgetune.engines.calibration import plan_bundle
+    from edgetune.api import plan_bundle
     from edgetune.units import parse_bytes
 
     return plan_bundle(

@@ -37,12 +37,13 @@ _ALL = _words("bundle errors units codecs planning autodiff export engines telem
 TABLE = {
     "errors": Room(),
     "units": Room(_words("errors")),
+    "version": Room(),
     "bundle": Room(_words("errors units"), _words("numpy safetensors")),
     "codecs": Room(_words("bundle errors units"), _words("numpy")),
     "planning": Room(_words("bundle codecs errors units"), _words("numpy safetensors")),
     "autodiff": Room(_words("codecs errors units"), _words("numpy onnx onnx_ir")),
     "export": Room(
-        _words("bundle codecs planning autodiff errors units"),
+        _words("bundle codecs planning autodiff errors units version"),
         _words("numpy safetensors onnx onnx_ir"),
         lazy_libraries=_words("torch onnxscript"),
     ),
@@ -59,8 +60,8 @@ TABLE = {
         lazy_libraries=_words("torch onnx onnxruntime sklearn safetensors watchfiles pynvml"),
     ),
     # The front doors: cheap to import, so everything but the smallest rooms is fetched when it is first asked for.
-    "__init__": Room(_words("errors units"), lazy_rooms=_ALL),
-    "api": Room(_words("bundle errors units"), _words("numpy"), lazy_rooms=_ALL, lazy_libraries=_words("torch onnx")),
+    "__init__": Room(_words("errors units version"), lazy_rooms=_ALL),
+    "api": Room(_words("bundle errors units"), _words("numpy"), lazy_rooms=_ALL),
     "__main__": Room(_words("commands")),
 }
 # Single files that may do more than their room: each runtime has one file that speaks to it.

@@ -64,7 +64,7 @@ def measure(folder: Path) -> None:
     import dataclasses
 
     import edgetune
-    from edgetune.engines.calibration import measure_runtime
+    from edgetune.agent.baseline import measure_runtime
     from edgetune.planning.plan import Plan, predict
     from edgetune.planning.spectra import Calibration
     from edgetune.telemetry.process import PeakMeter, resident_bytes

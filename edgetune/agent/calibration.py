@@ -1,66 +1,9 @@
-"""From features to spectra: Gram matrices summed over batches, then their eigenvalues and bases.
-
-Knows a session's ``grams`` and the planner's spectra; nothing of folders or budgets.
-"""
+"""The files in which the agent keeps its calibrations. Knows their names; nothing of what is in them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-import numpy as np
-
-from edgetune.agent.parts import Session
-from edgetune.bundle import Array, Manifest
-from edgetune.planning.spectra import Calibration, Spectrum, spectrum_of
-
-
-def calibrate(session: Session, manifest: Manifest, batches: Iterable[tuple[Array, ...]]) -> Calibration | None:
-    """Return what ``batches`` of features (each a tuple of [b, ...] arrays) say of every truncated mode.
-
-    Gram matrices of the modes c, h and w add over batches. The batch mode has no meaning from one batch to the next:
-    there the sorted eigenvalues add, shorter batches filled up with zeros, and no basis is kept.
-    None if the bundle's codec truncates nothing, or there was no batch.
-
-    Raises:
-        DataError: a Gram matrix is not finite.
-    """
-    letters = {(spec.name, mode.letter) for spec in manifest.saved for mode in spec.modes}
-    if not letters:
-        return None
-    sums: dict[tuple[str, str], Array] = {}
-    eigenvalues: dict[tuple[str, str], Array] = {}
-    samples, batch = 0, 0
-    for features in batches:
-        samples += len(features[0])
-        batch = max(batch, len(features[0]))
-        for name, modes in session.grams(features).items():
-            for letter, gram in modes.items():
-                if letter == "b":
-                    values = spectrum_of(gram, with_basis=False).eigenvalues
-                    eigenvalues[name, letter] = _add(eigenvalues.get((name, letter)), values)
-                else:
-                    # float64, because sums over many batches of float32 squares lose their small eigenvalues.
-                    known = sums.get((name, letter))
-                    sums[name, letter] = gram.astype(np.float64) if known is None else known + gram
-    if not samples:
-        return None
-    spectra: dict[str, dict[str, Spectrum]] = {}
-    for (name, letter), gram in sums.items():
-        spectra.setdefault(name, {})[letter] = spectrum_of(gram)
-    for (name, letter), values in eigenvalues.items():
-        spectra.setdefault(name, {})[letter] = Spectrum(values, None)
-    return Calibration(spectra, samples=samples, batch=batch)
-
-
-def _add(known: Array | None, more: Array) -> Array:
-    """Return the sum of two [groups, n] arrays of which one may be shorter in n."""
-    if known is None:
-        return more
-    total = np.zeros((len(more), max(known.shape[1], more.shape[1])))
-    total[:, : known.shape[1]] += known
-    total[:, : more.shape[1]] += more
-    return total
 
 
 def file_name(step: int) -> str:

@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 
 from edgetune.agent.budget import Budgeter, PlanRequest, release_memory, same_shape, summary
-from edgetune.agent.calibration import calibrate
 from edgetune.agent.config import AgentConfig
 from edgetune.agent.feeder import Fed, Feeder
 from edgetune.agent.images import Decoder
@@ -33,6 +32,7 @@ from edgetune.agent.state import StateDirectory
 from edgetune.agent.supply import Supply
 from edgetune.agent.view import Snapshot, View, make_view
 from edgetune.bundle import Array, Bundle
+from edgetune.engines.calibration import calibrate
 from edgetune.errors import BudgetError, DataError, StorageError
 from edgetune.planning.plan import Plan
 from edgetune.telemetry.runlog import RunLog

@@ -80,7 +80,7 @@ def real_parts() -> Parts:
     Raises:
         EngineError: no runtime is installed.
     """
-    from edgetune.engines.calibration import measure_runtime
+    from edgetune.agent.baseline import measure_runtime
     from edgetune.engines.session import TrainingSession
     from edgetune.telemetry.process import PeakMeter
 

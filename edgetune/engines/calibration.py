@@ -1,99 +1,69 @@
-"""Spectra from data, and a plan from spectra: what ``edgetune.plan`` does. Knows the session and the planner."""
+"""From features to spectra: Gram matrices summed over batches, then their eigenvalues and bases.
+
+Knows a session's ``grams`` and the planner's spectra; nothing of folders or budgets.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 
-from edgetune.bundle import Array, Bundle
-from edgetune.engines.session import TrainingSession, make_runtime
-from edgetune.errors import DataError
-from edgetune.planning.plan import Plan, make_plan
-from edgetune.planning.spectra import Calibration, identity_calibration, spectrum_of
-from edgetune.telemetry.process import resident_bytes
+from edgetune.bundle import Array, Manifest
+from edgetune.planning.spectra import Calibration, Spectrum, spectrum_of
 
 
-def measure_runtime(bundle: Bundle, engine: str = "auto") -> int:
-    """Return the resident bytes of this process with the runtime loaded and every graph of ``bundle`` opened."""
-    runtime = make_runtime(bundle, engine)
-    for graph in bundle.manifest.graphs:
-        runtime.load(graph)
-    return resident_bytes()
+class Measures(Protocol):
+    """The part of a session that calibration needs."""
+
+    def grams(self, features: tuple[Array, ...]) -> dict[str, dict[str, Array]]:
+        """Return the Gram matrix [groups, n, n] of every mode of every compressed tensor."""
 
 
-def calibrate(session: TrainingSession, batches: Iterable[tuple[Array, Array]]) -> Calibration:
-    """Return the spectra and bases of every compressed tensor over ``batches`` of (inputs, targets).
+def calibrate(session: Measures, manifest: Manifest, batches: Iterable[tuple[Array, ...]]) -> Calibration | None:
+    """Return what ``batches`` of features (each a tuple of [b, ...] arrays) say of every truncated mode.
 
-    Gram matrices of the modes c, h and w are summed over all batches. That of the batch mode has no meaning beyond its
-    batch, so its spectrum is the mean of the batches' own; a shorter batch than the first is left out of it.
+    Gram matrices of the modes c, h and w add over batches. The batch mode has no meaning from one batch to the next:
+    there the sorted eigenvalues add, shorter batches filled up with zeros, and no basis is kept.
+    None if the bundle's codec truncates nothing, or there was no batch.
 
     Raises:
-        DataError: there is no batch.
+        DataError: a Gram matrix is not finite.
     """
-    totals: dict[str, dict[str, Array]] = {}
-    spectra: dict[str, list[Array]] = {}
+    letters = {(spec.name, mode.letter) for spec in manifest.saved for mode in spec.modes}
+    if not letters:
+        return None
+    sums: dict[tuple[str, str], Array] = {}
+    eigenvalues: dict[tuple[str, str], Array] = {}
     samples, batch = 0, 0
-    for x, _ in batches:
-        batch = batch or len(x)
-        samples += len(x)
-        for name, grams in session.grams(session.features(x)).items():
-            for letter, gram in grams.items():
-                if letter != "b":
-                    kept = totals.setdefault(name, {})
-                    kept[letter] = kept[letter] + gram if letter in kept else gram.astype(np.float64)
-                elif len(x) == batch:
-                    spectra.setdefault(name, []).append(spectrum_of(gram, with_basis=False).eigenvalues)
+    for features in batches:
+        samples += len(features[0])
+        batch = max(batch, len(features[0]))
+        for name, modes in session.grams(features).items():
+            for letter, gram in modes.items():
+                if letter == "b":
+                    values = spectrum_of(gram, with_basis=False).eigenvalues
+                    eigenvalues[name, letter] = _add(eigenvalues.get((name, letter)), values)
+                else:
+                    # float64, because sums over many batches of float32 squares lose their small eigenvalues.
+                    known = sums.get((name, letter))
+                    sums[name, letter] = gram.astype(np.float64) if known is None else known + gram
     if not samples:
-        raise DataError("there is no calibration data: give one batch of (inputs, targets) at least")
-    return _assemble(totals, spectra, samples, batch)
+        return None
+    spectra: dict[str, dict[str, Spectrum]] = {}
+    for (name, letter), gram in sums.items():
+        spectra.setdefault(name, {})[letter] = spectrum_of(gram)
+    for (name, letter), values in eigenvalues.items():
+        spectra.setdefault(name, {})[letter] = Spectrum(values, None)
+    return Calibration(spectra, samples=samples, batch=batch)
 
 
-def _assemble(
-    totals: dict[str, dict[str, Array]], spectra: dict[str, list[Array]], samples: int, batch: int
-) -> Calibration:
-    from edgetune.planning.spectra import Spectrum
-
-    result = {
-        name: {
-            "b": Spectrum(np.mean(values, axis=0), None),
-            **{letter: spectrum_of(gram) for letter, gram in totals.get(name, {}).items()},
-        }
-        for name, values in spectra.items()
-    }
-    return Calibration(result, samples, batch)
-
-
-def plan_bundle(
-    bundle: Bundle,
-    *,
-    batch: int,
-    budget_bytes: int | None,
-    activation_budget_bytes: int | None,
-    epsilon: float | None,
-    calibration: Iterable[tuple[Array, Array]] | None,
-    engine: str = "auto",
-) -> Plan:
-    """Calibrate on ``calibration`` if given, then plan; see :func:`edgetune.plan`."""
-    runtime_bytes = measure_runtime(bundle, engine)
-    spectra: Calibration | None = None
-    if calibration is not None and any(saved.modes for saved in bundle.manifest.saved):
-        first = make_plan(
-            bundle.manifest,
-            batch=batch,
-            calibration=identity_calibration(bundle.manifest, batch),
-            epsilon=1.0,
-            runtime_bytes=runtime_bytes,
-        )
-        spectra = calibrate(TrainingSession(bundle, first, engine=engine, verify=False), calibration)
-    elif epsilon is None and budget_bytes is None and activation_budget_bytes is None:
-        epsilon = 1.0
-    return make_plan(
-        bundle.manifest,
-        batch=batch,
-        calibration=spectra,
-        budget_bytes=budget_bytes,
-        activation_budget_bytes=activation_budget_bytes,
-        epsilon=epsilon,
-        runtime_bytes=runtime_bytes,
-    )
+def _add(known: Array | None, more: Array) -> Array:
+    """Return the sum of two [groups, n] arrays of which one may be shorter in n."""
+    if known is None:
+        return more
+    total = np.zeros((len(more), max(known.shape[1], more.shape[1])))
+    total[:, : known.shape[1]] += known
+    total[:, : more.shape[1]] += more
+    return total

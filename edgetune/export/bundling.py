@@ -15,7 +15,6 @@ from typing import Any
 
 from onnx import TensorProto
 
-import edgetune
 from edgetune.autodiff.builder import OPSET, FunctionLibrary, GraphBuilder
 from edgetune.autodiff.calibrate import emit_grams
 from edgetune.autodiff.graph import BATCH, ForwardGraph
@@ -44,6 +43,7 @@ from edgetune.export.capture import capture, load_source
 from edgetune.export.emit import Value, WeightFile, belongs_in_file, write_graph
 from edgetune.export.optimizers import emit_update, optimizer_named
 from edgetune.export.split import Split, WeightLayer, choose_trained, replace_head, split_graph
+from edgetune.version import __version__
 
 TARGETS = "targets"
 
@@ -136,7 +136,7 @@ def _write_all(root: Path, graph: ForwardGraph, options: ExportOptions, name: st
     return Manifest(
         format_version=FORMAT_VERSION,
         model=name,
-        made_by=f"edgetune {edgetune.__version__}",
+        made_by=f"edgetune {__version__}",
         opset=OPSET,
         inputs=tuple(TensorSpec(n, graph.sample_shape(n)) for n in graph.inputs),
         features=tuple(TensorSpec(n, graph.sample_shape(n)) for n in split.features),

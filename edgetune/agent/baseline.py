@@ -1,0 +1,26 @@
+"""What a process takes before anything of a plan is in memory. Knows engines, planner and the process's meter."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edgetune.bundle import Bundle
+from edgetune.engines.session import TrainingSession
+from edgetune.planning.plan import make_plan
+from edgetune.telemetry.process import resident_bytes
+
+
+def measure_runtime(bundle: Bundle, engine: str = "auto") -> int:
+    """Return the resident bytes of this process beyond what the plan's ledger counts for itself.
+
+    Every graph is run once on one sample of zeros: code and tables of a runtime come into memory when they are first
+    used, not when they are loaded.
+    """
+    plan = make_plan(bundle.manifest, batch=1, calibration=None, epsilon=1.0, runtime_bytes=0)
+    session = TrainingSession(bundle, plan, engine=engine, verify=False)
+    features = list(session.features(np.zeros((1, *bundle.manifest.inputs[0].shape), np.float32)))
+    session.predict_features(features)
+    session.grams(features)
+    session.step_features(features, np.zeros(1, np.int64))
+    counted = ("weights", "parameters", "optimizer", "bases")
+    return max(0, resident_bytes() - sum(plan.ledger[line] for line in counted))
