@@ -24,7 +24,7 @@ def plan_bundle(
 ) -> Plan:
     """Calibrate on the batches (inputs, targets) of ``calibration`` if given, then plan; see :func:`edgetune.plan`."""
     from edgetune.agent.baseline import measure_runtime
-    from edgetune.planning.plan import make_plan
+    from edgetune.planning.plan import RESERVE_BYTES, make_plan
 
     runtime_bytes = measure_runtime(bundle, engine)
     spectra = None if calibration is None else calibrate_bundle(bundle, batch, calibration, engine)
@@ -38,6 +38,7 @@ def plan_bundle(
         activation_budget_bytes=activation_budget_bytes,
         epsilon=epsilon,
         runtime_bytes=runtime_bytes,
+        reserve_bytes=RESERVE_BYTES,
     )
 
 

@@ -381,7 +381,7 @@ def write_manifest(root: Path, manifest: Manifest) -> Bundle:
 
     The manifest is written to a temporary name and renamed, so a directory with a manifest is a complete bundle.
     """
-    files = {p.name: sha256_of(p) for p in sorted(root.iterdir()) if p.name != MANIFEST}
+    files = {p.name: sha256_of(p) for p in sorted(root.iterdir()) if p.name not in (MANIFEST, MANIFEST + ".tmp")}
     complete = dataclasses.replace(manifest, files=files)
     temporary = root / (MANIFEST + ".tmp")
     with temporary.open("w", encoding="utf-8") as stream:

@@ -34,15 +34,17 @@ class Budgeter:
 
     Args:
         runtime_bytes: what the process takes before anything of the plan is allocated.
+        reserve_bytes: what a plan leaves free of the budget.
 
     Raises:
         BudgetError: no plan fits the request (from every method that plans).
     """
 
-    def __init__(self, manifest: Manifest, request: PlanRequest, runtime_bytes: int) -> None:
+    def __init__(self, manifest: Manifest, request: PlanRequest, runtime_bytes: int, reserve_bytes: int = 0) -> None:
         self.manifest, self.request, self.runtime_bytes = manifest, request, runtime_bytes
         self.corrected = False
         self._most_measured_bytes = 0
+        self._reserve_bytes = reserve_bytes
         self.plan = self._make(None, 0, request.epsilon)
 
     def replan(self, calibration: Calibration | None) -> Plan:
@@ -90,6 +92,9 @@ class Budgeter:
         With a given epsilon that no longer fits the budget, the budget wins: the largest epsilon that fits is taken.
         """
         correction = measured_bytes - (self.plan.predicted_peak_bytes - self.plan.correction_bytes)
+        if self.corrected and self.request.budget_bytes is not None:
+            # The reserve was not enough; what exceeded it may come again.
+            self._reserve_bytes += max(0, measured_bytes - self.request.budget_bytes)
         epsilon = self.request.epsilon
         if epsilon is not None and self.request.budget_bytes is not None:
             if measured_bytes > self.request.budget_bytes or self._gave_way():
@@ -112,6 +117,7 @@ class Budgeter:
             epsilon=epsilon,
             runtime_bytes=self.runtime_bytes,
             correction_bytes=correction_bytes,
+            reserve_bytes=self._reserve_bytes,
         )
 
 

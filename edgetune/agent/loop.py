@@ -127,7 +127,8 @@ class Agent:
             raise supply.no_data()
         self.parts = real_parts() if parts is None else parts
         request = PlanRequest(self.batch, config.budget_bytes, config.activation_budget_bytes, config.epsilon)
-        self.budgeter = Budgeter(self.bundle.manifest, request, self.parts.runtime_bytes(self.bundle, config.engine))
+        runtime_bytes = self.parts.runtime_bytes(self.bundle, config.engine)
+        self.budgeter = Budgeter(self.bundle.manifest, request, runtime_bytes, self.parts.reserve_bytes)
         self._make_session()
         try:
             if found is None:
@@ -258,7 +259,9 @@ class Agent:
         if not fed.samples:
             return False
         began = time.perf_counter()
-        self.session.step_features(fed.features, fed.labels)
+        # Handed over in a list, which the session empties: the features are not in memory during the backward pass.
+        features, fed.features = list(fed.features), ()
+        self.session.step_features(features, fed.labels)
         report, train_seconds = self.session.report, time.perf_counter() - began
         if not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm)):
             self._recover(fed, "loss" if not math.isfinite(report.loss) else "gradient")
@@ -313,7 +316,13 @@ class Agent:
         reason = (
             f"the captured energy of {due} fell to {self.monitor.mean[due]:.4f} from {self.monitor.baseline[due]:.4f}"
         )
-        calibration = calibrate(self.session, self.bundle.manifest, [fed.features])
+        rest = iter(fed.samples)
+        again = self.feeder.feed(
+            lambda: next(rest, None), len(fed.samples), self.session, self.budgeter.plan.micro_batch
+        )
+        if len(again.samples) < self.batch:
+            return
+        calibration = calibrate(self.session, self.bundle.manifest, [again.features])
         self.keeper.set_calibration(self.step, calibration)
         self._use(self.budgeter.replan(calibration), "refresh", reason)
         self.monitor.restart()

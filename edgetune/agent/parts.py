@@ -5,7 +5,7 @@ Knows the shapes of the engines' and telemetry's interfaces; imports them only w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ class Session(Protocol):
     @property
     def report(self) -> Any: ...
     def features(self, x: Array) -> tuple[Array, ...]: ...
-    def step_features(self, features: tuple[Array, ...], y: Array) -> float: ...
+    def step_features(self, features: Sequence[Array], y: Array) -> float: ...
     def predict(self, x: Array) -> Array: ...
     def grams(self, features: tuple[Array, ...]) -> dict[str, dict[str, Array]]: ...
     def set_plan(self, plan: Plan) -> None: ...
@@ -66,12 +66,14 @@ class Meter(Protocol):
 class Parts:
     """The replaceable parts of an agent.
 
-    ``runtime_bytes(bundle, engine)`` is what the process takes before anything of a plan is allocated.
+    ``runtime_bytes(bundle, engine)`` is what the process takes before anything of a plan is allocated;
+    ``reserve_bytes`` are left free of a budget.
     """
 
     session_factory: SessionFactory
     meter: Meter
     runtime_bytes: Callable[[Bundle, str], int]
+    reserve_bytes: int = 0
 
 
 def real_parts() -> Parts:
@@ -82,6 +84,7 @@ def real_parts() -> Parts:
     """
     from edgetune.agent.baseline import measure_runtime
     from edgetune.engines.session import TrainingSession
+    from edgetune.planning.plan import RESERVE_BYTES
     from edgetune.telemetry.process import PeakMeter
 
-    return Parts(TrainingSession, PeakMeter(), measure_runtime)
+    return Parts(TrainingSession, PeakMeter(), measure_runtime, RESERVE_BYTES)

@@ -61,6 +61,12 @@ def _enlarge(image: Array) -> Array:
     return np.asarray(scaled.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
+def enlarge(images: Array, side: int) -> Array:
+    """Return the images [n, side, side], resized as the device resizes what it decodes."""
+    resized = [Image.fromarray(image).resize((side, side), Image.Resampling.BILINEAR) for image in images]
+    return np.stack([np.asarray(image) for image in resized])
+
+
 def drift(images: Array, rng: np.random.Generator) -> Array:
     """Return the images as a camera would see them that was knocked over and whose light changed: each rotated by 25
     to 40 degrees, dark and light exchanged, with noise of 16 grey levels. The same ``rng`` state, the same result."""
@@ -88,7 +94,7 @@ def write_stream(folder: Path, images: Array, labels: Array, *, first: int = 0) 
 
 
 def to_input(images: Array) -> Array:
-    """Return the images as a model takes them: float32 [n, 1, 16, 16], the same arithmetic as ``PREPROCESS``."""
+    """Return the images as a model takes them: float32 [n, 1, side, side], the same arithmetic as ``PREPROCESS``."""
     scaled = (images.astype(np.float32) / np.float32(255) - np.float32(0.5)) / np.float32(0.5)
     return np.asarray(scaled[:, None], dtype=np.float32)
 
@@ -183,7 +189,7 @@ def pretrain(
     labels: Array,
     *,
     model_factory: Callable[[], nn.Module] = digits_resnet,
-    epochs: int = 6,
+    epochs: int = 5,
     batch: int = 32,
     learning_rate: float = 3e-3,
     seed: int = 0,

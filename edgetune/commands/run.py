@@ -43,6 +43,9 @@ def run(
     momentum: Annotated[
         float | None, typer.Option("--momentum", help="Of the optimizer (default: the bundle's).")
     ] = None,
+    clip_norm: Annotated[
+        float | None, typer.Option("--clip-norm", help="Of the whole gradient; 0 = no clipping (default).")
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="Order of the samples (default: as the state was made with, else 0).")
     ] = None,
@@ -54,7 +57,7 @@ def run(
     from edgetune.bundle import Bundle
     from edgetune.units import parse_bytes
 
-    given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "momentum": momentum}
+    given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "momentum": momentum, "clip_norm": clip_norm}
     config = AgentConfig(
         data=data,
         state=state,

@@ -93,7 +93,8 @@ class OnnxRuntime:
 
     def put(self, array: Array) -> Handle:
         """Return ``array`` as an OrtValue; on a CPU without a copy."""
-        return self._ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), self._device, 0)
+        # not ascontiguousarray, which gives a scalar an axis
+        return self._ort.OrtValue.ortvalue_from_numpy(np.asarray(array, order="C"), self._device, 0)
 
     def get(self, handle: Handle) -> Array:
         """Return the contents of an OrtValue."""

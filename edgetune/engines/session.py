@@ -287,6 +287,8 @@ class TrainingSession:
             present = self._runtime.get(table[key]).shape
             if name not in state or state[name].shape != present:
                 raise EngineError(f"the state does not fit this bundle: '{name}' should have the shape {present}")
+        if "step" not in state:
+            raise EngineError("the state does not fit this bundle: it has no 'step'")
         for name, table in expected.items():
             key = name.removeprefix("optimizer/") if table is self._slots else name
             table[key] = self._runtime.put(np.array(state[name], np.float32))
@@ -305,7 +307,10 @@ class TrainingSession:
             raise DataError(
                 f"a batch of {len(y)} samples exceeds the planned {self._plan.batch}; plan with --batch {len(y)}"
             )
-        if not len(y) or any(len(f) != len(y) for f in features):
-            raise DataError(f"{len(y)} targets for features of {[len(f) for f in features]} samples")
+        expected, found = [(len(y), *f.shape) for f in self._manifest.features], [f.shape for f in features]
+        if not len(y) or found != expected:
+            raise DataError(f"{len(y)} targets need features of the shapes {expected}, found {found}")
+        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+            raise DataError(f"expected targets [batch] of an integer type, found {list(y.shape)} of {y.dtype}")
         if y.min() < 0 or y.max() >= classes:
             raise DataError(f"targets reach from {y.min()} to {y.max()}; the model has the classes 0 to {classes - 1}")

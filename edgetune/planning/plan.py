@@ -23,7 +23,7 @@ from edgetune.planning.spectra import (
     identity_calibration,
     ranks_at,
 )
-from edgetune.units import format_bytes
+from edgetune.units import MIB, format_bytes
 
 __all__ = ["Plan", "PlanRow", "Prediction", "make_plan", "predict"]
 
@@ -31,6 +31,9 @@ MOST_SAMPLES_PER_RUN = 32
 """The largest micro-batch: beyond it a trunk gains no speed worth its memory."""
 USUAL_SAMPLES_PER_RUN = 8
 """The micro-batch where no budget decides."""
+RESERVE_BYTES = 3 * MIB
+"""What a real run leaves free of its budget: the peaks of one plan's steps differ by up to 1.5 MiB (measured), by small
+blocks that the allocator keeps."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ def make_plan(
     epsilon: float | None = None,
     runtime_bytes: int,
     correction_bytes: int = 0,
+    reserve_bytes: int = 0,
 ) -> Plan:
     """Return the plan that keeps most of the saved tensors' energy within the budgets.
 
@@ -158,7 +162,8 @@ def make_plan(
     two, at most ``batch`` and 32, that stays within ``budget_bytes``; without one, 8 or ``batch``.
 
     No ``calibration`` stands for :func:`identity_calibration`. ``runtime_bytes`` are resident before anything of the
-    plan is allocated; ``correction_bytes`` is the measured minus the predicted peak of an earlier step, of either sign.
+    plan is allocated; ``correction_bytes`` is the measured minus the predicted peak of an earlier step, of either sign;
+    ``reserve_bytes`` of the budget are left free, because no process repeats its peak to the byte.
 
     Raises:
         BudgetError: nothing fits. ``least_bytes`` is the least value of the budget that failed (of ``budget_bytes``
@@ -190,7 +195,7 @@ def make_plan(
     def fits(tried: _Candidate, micro_batch: int = 1) -> bool:
         if activation_budget_bytes is not None and tried.saved_bytes > activation_budget_bytes:
             return False
-        return budget_bytes is None or cost(tried, micro_batch).peak_bytes <= budget_bytes
+        return budget_bytes is None or cost(tried, micro_batch).peak_bytes + reserve_bytes <= budget_bytes
 
     values: Sequence[float | None] = [None]
     if truncates and calibration is not None:
@@ -198,7 +203,10 @@ def make_plan(
     chosen = _last_that(lambda index: fits(candidate(values[index])), len(values))
     if chosen is None:
         least = candidate(values[0])
-        raise _infeasible(batch, least, cost(least, 1), budget_bytes, activation_budget_bytes, given=epsilon)
+        peak = cost(least, 1)
+        raise _infeasible(
+            batch, least, peak, budget_bytes, activation_budget_bytes, given=epsilon, reserve_bytes=reserve_bytes
+        )
     best = candidate(values[chosen])
     if budget_bytes is None:
         micro_batch = min(USUAL_SAMPLES_PER_RUN, batch)
@@ -267,6 +275,7 @@ def _infeasible(
     activation_budget_bytes: int | None,
     *,
     given: float | None,
+    reserve_bytes: int,
 ) -> BudgetError:
     """Return the error for budgets that not even ``least``, at a micro-batch of 1, fits."""
     setting = f"a batch of {batch} samples"
@@ -280,8 +289,8 @@ def _infeasible(
             f"the activation budget of {_exact(activation_budget_bytes)} is too small: the least is "
             f"{_exact(least_bytes)}, with {setting}"
         )
-    if budget_bytes is not None and prediction.peak_bytes > budget_bytes:
-        least_bytes = prediction.peak_bytes
+    if budget_bytes is not None and prediction.peak_bytes + reserve_bytes > budget_bytes:
+        least_bytes = prediction.peak_bytes + reserve_bytes
         largest = sorted(prediction.ledger.items(), key=lambda line: -line[1])[:3]
         messages.append(
             f"the budget of {_exact(budget_bytes)} is too small: the least is {_exact(least_bytes)}, with {setting} "

@@ -6,7 +6,7 @@ the plan (modes c, h, w), as the real codec does, so ranks and captured energy m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,7 @@ class FakeSession:
         pooled = x.reshape(len(x), 3, 4, 2, 4, 2).mean(axis=(3, 5), dtype=np.float64)
         return (pooled.astype(np.float32),)
 
-    def step_features(self, features: tuple[Array, ...], y: Array) -> float:
+    def step_features(self, features: Sequence[Array], y: Array) -> float:
         x = features[0]
         c, h, w = (self.bases[letter] for letter in "chw")
         core = np.einsum("bchw,ci,hj,wk->bijk", x, c, h, w)

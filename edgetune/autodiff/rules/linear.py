@@ -89,7 +89,7 @@ def _weight_gradient(ctx: Context, node: Node, dy: str, transposed: bool, alpha:
         count = 1 + len(encoded.stored)
         local = Encoded(tuple(names[1:count]), dict(zip(letters, names[count:], strict=True)), None)
         inner = Stored(stored.codec, stored.saved, local)
-        if stored.codec.name in (Hosvd.name, Svd.name):
+        if stored.codec.name in (Hosvd.name, Svd.name) and len(stored.saved.shape) == 1:
             return _in_factors(g, inner, names[0], transposed, alpha)
         x = stored.codec.emit_decode(g, local, stored.saved)
         if len(stored.saved.shape) > 1:

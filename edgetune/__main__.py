@@ -1,0 +1,5 @@
+"""``python -m edgetune``: the command line."""
+
+from edgetune.commands import main
+
+main()

@@ -1,0 +1,49 @@
+"""A few batches from a data folder, without a ledger: for planning before any agent runs.
+
+Knows sources and decoding; remembers nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from edgetune.agent.images import Decoder
+from edgetune.agent.sources import FolderSource
+from edgetune.bundle import Array, Manifest
+from edgetune.errors import DataError
+
+
+def labelled_batches(manifest: Manifest, folder: Path, batch: int, count: int) -> Iterator[tuple[Array, Array]]:
+    """Yield up to ``count`` batches (inputs [b, ...], targets int64 [b]) of readable samples, spread over the folder.
+
+    Raises:
+        DataError: the folder holds no readable sample.
+    """
+    decoder = Decoder(manifest)
+    source = FolderSource(folder, manifest.classes, decoder.suffixes)
+    found = [entry for entry in source.scan() if entry.label is not None and entry.problem is None]
+    # Evenly spread, so that a folder sorted by class gives every class.
+    order = np.argsort(np.arange(len(found)) * 0.6180339887498949 % 1.0, kind="stable")
+    x: list[Array] = []
+    y: list[int] = []
+    given = 0
+    for index in order:
+        entry = found[int(index)]
+        try:
+            x.append(decoder.decode(source.read(entry.path)))
+        except DataError:
+            continue  # the agent says what is wrong with a file; here another one serves as well
+        assert entry.label is not None
+        y.append(entry.label)
+        if len(y) == batch:
+            yield np.stack(x), np.array(y, np.int64)
+            x, y, given = [], [], given + 1
+            if given == count:
+                return
+    if y and not given:
+        yield np.stack(x), np.array(y, np.int64)
+    elif not given:
+        raise DataError(f"'{folder}' holds no readable sample of the classes {', '.join(manifest.classes[:20])}")
