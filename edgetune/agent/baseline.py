@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from edgetune.bundle import Bundle
+from edgetune.engines.calibration import calibrate
 from edgetune.engines.session import TrainingSession
 from edgetune.planning.plan import make_plan
 from edgetune.telemetry.process import resident_bytes
@@ -17,10 +18,10 @@ def measure_runtime(bundle: Bundle, engine: str = "auto") -> int:
     used, not when they are loaded.
     """
     plan = make_plan(bundle.manifest, batch=1, calibration=None, epsilon=1.0, runtime_bytes=0)
-    session = TrainingSession(bundle, plan, engine=engine, verify=False)
+    session = TrainingSession(bundle, plan, engine=engine)  # verified, as the agent's own session is
     features = list(session.features(np.zeros((1, *bundle.manifest.inputs[0].shape), np.float32)))
     session.predict_features(features)
-    session.grams(features)
+    calibrate(session, bundle.manifest, [tuple(features)])
     session.step_features(features, np.zeros(1, np.int64))
     counted = ("weights", "parameters", "optimizer", "bases")
     return max(0, resident_bytes() - sum(plan.ledger[line] for line in counted))

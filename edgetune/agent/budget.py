@@ -75,7 +75,7 @@ class Budgeter:
         return self.plan
 
     def overrun(self, measured_bytes: int, *, resettable: bool) -> bool:
-        """Return whether a step's measured peak is over the budget.
+        """Return whether a step's measured peak is over the budget, or has used most of what was to stay free of it.
 
         Args:
             resettable: whether the meter starts anew for each step; where not, only a peak higher than all before
@@ -84,7 +84,7 @@ class Budgeter:
         higher = measured_bytes > self._most_measured_bytes
         self._most_measured_bytes = max(self._most_measured_bytes, measured_bytes)
         budget = self.request.budget_bytes
-        return budget is not None and measured_bytes > budget and (resettable or higher)
+        return budget is not None and measured_bytes > budget - self._reserve_bytes // 3 and (resettable or higher)
 
     def correct(self, measured_bytes: int) -> Plan:
         """Plan anew with the difference between a step's measured and predicted peak, of either sign.

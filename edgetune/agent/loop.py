@@ -36,6 +36,7 @@ from edgetune.engines.calibration import calibrate
 from edgetune.errors import BudgetError, DataError, StorageError
 from edgetune.planning.plan import Plan
 from edgetune.telemetry.runlog import RunLog
+from edgetune.units import format_bytes
 
 MOST_EVALUATED = 1024
 MOST_BAD_BATCHES = 5
@@ -296,8 +297,8 @@ class Agent:
         if self.budgeter.overrun(measured_bytes, resettable=resettable):
             plan = self.budgeter.correct(measured_bytes)
             reason = (
-                f"measured {measured_bytes} bytes exceed the budget of {old.budget_bytes}: "
-                f"epsilon {old.epsilon} -> {plan.epsilon}, micro-batch {old.micro_batch} -> {plan.micro_batch}"
+                f"measured {format_bytes(measured_bytes)} against a budget of {format_bytes(old.budget_bytes or 0)}: "
+                f"ε {old.epsilon} -> {plan.epsilon}, micro-batch {old.micro_batch} -> {plan.micro_batch}"
             )
             self._use(plan, "degrade", reason, measured_peak_bytes=measured_bytes)
             release_memory()

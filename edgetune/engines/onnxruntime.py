@@ -40,21 +40,28 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+def _glibc() -> Any:
+    """Return the C library if it is glibc, else None."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    except OSError:
+        return None  # musl: its allocator returns large blocks anyway
+
+
 def return_memory_to_the_system() -> None:
     """Make glibc hand every freed block above 128 KiB back at once.
 
     By default its threshold grows with use, and freed activations stay with the process: the peak would then depend on
     the history, not on the plan. Elsewhere than on glibc nothing is done.
     """
-    if sys.platform != "linux":
-        return
-    try:
-        libc = ctypes.CDLL("libc.so.6")
+    libc = _glibc()
+    if libc is not None:
         libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD_BYTES)
         libc.mallopt(_M_ARENA_MAX, 1)
-    except (OSError, AttributeError):
-        return  # musl: its allocator returns large blocks anyway
 
 
 def providers(available: Sequence[str], gpu_limit_bytes: int | None = None) -> list[Any]:
@@ -136,6 +143,12 @@ class OnnxRuntime:
         except Exception as error:  # onnxruntime raises its own kinds, none of them public
             raise EngineError(f"onnxruntime failed in graph '{graph}': {error}") from error
         return dict(zip(outputs, binding.get_outputs(), strict=True))
+
+    def settle(self) -> None:
+        """Trim the heap: smaller blocks, freed between others in use, would otherwise add up over the steps."""
+        libc = _glibc() if self._device == "cpu" else None
+        if libc is not None:
+            libc.malloc_trim(0)
 
     def verify_order(self, graph: str, feeds: Mapping[str, Handle]) -> None:
         """Profile one run of every stage of ``graph`` and compare the executed order with the emitted one."""

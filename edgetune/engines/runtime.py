@@ -40,6 +40,9 @@ class Runtime(Protocol):
     ) -> dict[str, Handle]:
         """Run one stage of ``graph`` and return ``outputs``; feeds that it does not read are ignored."""
 
+    def settle(self) -> None:
+        """Give back to the system what is free; called after every step."""
+
     def verify_order(self, graph: str, feeds: Mapping[str, Handle]) -> None:
         """Run ``graph`` once and compare the order in which its nodes ran with the emitted one.
 

@@ -204,6 +204,8 @@ class TrainingSession:
         norm = self._update(made) if finite else math.nan
         seconds["update"] = time.perf_counter() - begin
         correct = round(float(self._runtime.get(made["correct"])))
+        made.clear()
+        self._runtime.settle()
         self._report = StepReport(loss, correct, len(y), energy, norm, seconds, finite)
         return loss
 

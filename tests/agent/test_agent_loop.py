@@ -258,7 +258,7 @@ def test_an_overrun_lowers_the_plan_and_says_why(tmp_path: Path, bundle: Bundle)
     shop = Workshop(measure=measure)
     run(tmp_path, bundle, shop, batch=16, epsilon=None, budget_bytes=budget, holdout=0, epochs=2)
     lowered = events(tmp_path, "degrade")
-    assert len(lowered) == 1 and lowered[0]["step"] == 3 and "exceed the budget" in lowered[0]["reason"]
+    assert len(lowered) == 1 and lowered[0]["step"] == 3 and "against a budget" in lowered[0]["reason"]
     steps = events(tmp_path, "step")
     assert [s["step"] for s in steps if s["measured_peak_bytes"] > budget] == [3]
     assert all(s["predicted_peak_bytes"] == s["measured_peak_bytes"] for s in steps if s["step"] > 3)
