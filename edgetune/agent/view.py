@@ -110,12 +110,12 @@ class LiveView:
         now, table = self._now, Table.grid(padding=(0, 2))
         if now.steps_total:
             table.add_row("progress", ProgressBar(total=now.steps_total, completed=now.step, width=40))
-        for name, value in _lines(now):
-            table.add_row(name, value)
         limit_bytes = now.budget_bytes or max(now.measured_peak_bytes, now.predicted_peak_bytes)
         if limit_bytes:
             used_bytes = min(now.measured_peak_bytes, limit_bytes)
-            table.add_row("", ProgressBar(total=limit_bytes, completed=used_bytes, width=40))
+            table.add_row("memory of budget", ProgressBar(total=limit_bytes, completed=used_bytes, width=40))
+        for name, value in _lines(now):
+            table.add_row(name, value)
         table.add_row("last event", self._message)
         return Panel(table, title="EdgeTune", expand=False)
 

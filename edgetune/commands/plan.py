@@ -35,6 +35,8 @@ def plan(
     from edgetune.errors import UsageError
     from edgetune.units import parse_bytes
 
+    budget_bytes = None if budget is None else parse_bytes(budget)
+    activation_budget_bytes = None if activation_budget is None else parse_bytes(activation_budget)
     opened = Bundle.open(bundle)
     lossy = any(saved.modes for saved in opened.manifest.saved)
     if lossy and data is None and epsilon != 1.0 and (budget or activation_budget or epsilon is not None):
@@ -44,8 +46,8 @@ def plan(
     found = plan_bundle(
         opened,
         batch=batch,
-        budget_bytes=None if budget is None else parse_bytes(budget),
-        activation_budget_bytes=None if activation_budget is None else parse_bytes(activation_budget),
+        budget_bytes=budget_bytes,
+        activation_budget_bytes=activation_budget_bytes,
         epsilon=epsilon,
         calibration=None if data is None else labelled_batches(opened.manifest, data, batch, batches),
         engine=engine,
