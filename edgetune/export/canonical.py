@@ -94,9 +94,17 @@ def _fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxscript import ir, optimizer
 
     folded = ir.serde.deserialize_model(model)
-    optimizer.fold_constants(folded, input_size_limit=1 << 30, output_size_limit=1 << 30)
+    optimizer.fold_constants(folded, input_size_limit=1 << 30, output_size_limit=1 << 30, should_fold=_should_fold)
     result: onnx.ModelProto = ir.serde.serialize_model(folded)
     return result
+
+
+def _should_fold(node: Any) -> bool | None:
+    """The folder keeps ConstantOfShape by default, and with it the padding that torch's older exporter computes."""
+    if node.op_type != "ConstantOfShape":
+        return None
+    extents = node.inputs[0].const_value.numpy()
+    return None if ((extents > 0) & (extents % PROBE_BATCH == 0)).any() else True
 
 
 def _restore_batch(model: onnx.ModelProto) -> None:

@@ -248,4 +248,6 @@ def _flatten(model: onnx.ModelProto) -> onnx.ModelProto:
     del flat.graph.node[:]
     flat.graph.node.extend(rest)
     del flat.graph.value_info[:]
+    del flat.opset_import[:]  # the inliner keeps the functions' domain, which nothing uses any more
+    flat.opset_import.append(helper.make_opsetid("", OPSET))
     return flat

@@ -24,10 +24,11 @@ def _is_weight(graph: ForwardGraph, name: str) -> bool:
 
 def _wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:
     a, b = node.inputs[:2]
+    linear = _is_weight(graph, b) and len(graph.shapes[b]) == 2
     wants = []
     if 1 in wrt:
-        wants.append(Want(a, Use.WEIGHT_GRAD if _is_weight(graph, b) else Use.VALUE))
-    if 0 in wrt and not _is_weight(graph, b):
+        wants.append(Want(a, Use.WEIGHT_GRAD if linear else Use.VALUE))
+    if 0 in wrt and not linear:
         wants.append(Want(b, Use.VALUE))
     return wants
 
