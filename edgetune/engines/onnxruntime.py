@@ -142,6 +142,8 @@ class OnnxRuntime:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises its own kinds, none of them public
             raise EngineError(f"onnxruntime failed in graph '{graph}': {error}") from error
+        # An output keeps its binding alive, and with it everything else that is bound: let go of the inputs at least.
+        binding.clear_binding_inputs()
         return dict(zip(outputs, binding.get_outputs(), strict=True))
 
     def settle(self) -> None:

@@ -173,9 +173,9 @@ class TrainingSession:
 
     def gradients(self, x: Array, y: Array) -> tuple[float, dict[str, Array]]:
         """Return the loss and its gradient per trained tensor, under the model's own names; nothing is updated."""
-        made = self._train(self.features(x), y)
+        scalars, gradients = self._train(list(self.features(x)), y)
         names = [spec.name for spec in self._manifest.parameters]
-        return float(self._runtime.get(made["loss"])), {n: self._runtime.get(made[f"gradient/{n}"]) for n in names}
+        return scalars["loss"], {n: np.array(self._runtime.get(gradients[f"gradient/{n}"])) for n in names}
 
     def step(self, x: Array, y: Array) -> float:
         """Do one optimizer update on the batch ``x`` [b, *input], ``y`` int64 [b]; return the loss."""
@@ -193,50 +193,54 @@ class TrainingSession:
 
     def _step_features(self, features: Sequence[Array], y: Array, seconds: dict[str, float]) -> float:
         begin = time.perf_counter()
-        made = self._train(features, y)
-        loss = float(self._runtime.get(made["loss"]))
-        energy = {
-            s.name: float(self._runtime.get(made[s.energy])) for s in self._manifest.saved if s.energy is not None
-        }
+        scalars, gradients = self._train(features, y)
+        loss = scalars["loss"]
+        energy = {s.name: scalars[s.energy] for s in self._manifest.saved if s.energy is not None}
         seconds["train"] = time.perf_counter() - begin
         begin = time.perf_counter()
         finite = math.isfinite(loss)
-        norm = self._update(made) if finite else math.nan
+        norm = self._update(gradients) if finite else math.nan
         seconds["update"] = time.perf_counter() - begin
-        correct = round(float(self._runtime.get(made["correct"])))
-        made.clear()
+        gradients.clear()
         self._runtime.settle()
-        self._report = StepReport(loss, correct, len(y), energy, norm, seconds, finite)
+        self._report = StepReport(loss, round(scalars["correct"]), len(y), energy, norm, seconds, finite)
         return loss
 
-    def _train(self, features: Sequence[Array], y: Array) -> dict[str, Handle]:
+    def _train(self, features: Sequence[Array], y: Array) -> tuple[dict[str, float], dict[str, Handle]]:
+        """Run the train graph; return its scalars (loss, correct, energies) and the gradients' handles by output name.
+
+        Scalars are read at once: a handle may keep all that was bound in the same run.
+        """
         self._check_targets(features, y)
         feeds = {f.name: self._runtime.put(v) for f, v in zip(self._manifest.features, features, strict=True)}
         feeds["targets"] = self._runtime.put(np.ascontiguousarray(y, np.int64))
         feeds |= self._parameters | self._basis_feeds(len(y))
-        stages = self._manifest.graphs["train"].run_stages()
-        made: dict[str, Handle] = {}
-        for index, stage in enumerate(stages):
-            results = self._runtime.run("train", feeds, stage.outputs, stage=index)
-            if index == len(stages) - 1:
-                return made | results
-            feeds |= results
-            made |= {name: value for name, value in results.items() if name in self._manifest.graphs["train"].outputs}
-            for spec in self._manifest.features:
-                del feeds[spec.name]
-            if isinstance(features, list):
-                features.clear()
-        raise AssertionError("a graph has one stage at least")
+        graph = self._manifest.graphs["train"]
+        scalars: dict[str, float] = {}
+        gradients: dict[str, Handle] = {}
+        for index, stage in enumerate(graph.run_stages()):
+            if index:
+                for spec in self._manifest.features:
+                    feeds.pop(spec.name, None)
+                if isinstance(features, list):
+                    features.clear()
+            made = self._runtime.run("train", feeds, stage.outputs, stage=index)
+            for name in graph.outputs:
+                if name in made and name.startswith("gradient/"):
+                    gradients[name] = made[name]
+                elif name in made:
+                    scalars[name] = float(self._runtime.get(made[name]))
+            feeds |= made
+        return scalars, gradients
 
-    def _update(self, made: dict[str, Handle]) -> float:
+    def _update(self, gradients: Mapping[str, Handle]) -> float:
         """Run update.onnx; every new value is written over the old one, which nothing reads any more by then."""
         self._step += 1
         spec = self._manifest.graphs["update"]
         hyper = dict(self.hyper)
         if "step" in hyper:
             hyper["step"] = float(self._step)
-        feeds = {name: handle for name, handle in made.items() if name.startswith("gradient/")}
-        feeds |= self._parameters | self._slots
+        feeds = {**gradients, **self._parameters, **self._slots}
         into = {new: feeds[old] for new, old in spec.in_place.items()}
         feeds |= {name: self._runtime.put(np.array(value, np.float32)) for name, value in hyper.items()}
         return float(self._runtime.get(self._runtime.run("update", feeds, spec.outputs, into)["gradient_norm"]))

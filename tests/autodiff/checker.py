@@ -15,6 +15,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, inliner, numpy_helper
 from onnx.reference import ReferenceEvaluator
+from onnx.reference.op_run import OpRun
 
 from edgetune.autodiff.builder import DOMAIN, OPSET, FunctionLibrary, GraphBuilder
 from edgetune.autodiff.graph import BATCH, ForwardGraph, Node
@@ -27,6 +28,33 @@ CLASSES = 3
 STEP = 1e-4
 SAMPLES = 2
 COORDINATES = 24  # per tensor, drawn at random
+
+
+class MaxPool(OpRun):
+    """The operator's definition, as a loop over the window; onnx's own evaluator errs for some paddings."""
+
+    op_domain = ""
+
+    def _run(
+        self,
+        x: Array,
+        kernel_shape: Sequence[int],
+        pads: Sequence[int] | None = None,
+        strides: Sequence[int] | None = None,
+        dilations: Sequence[int] | None = None,
+        **_: Any,
+    ) -> tuple[Array]:
+        top, left, bottom, right = pads or (0, 0, 0, 0)
+        (height, width), (dy, dx), (sy, sx) = kernel_shape, dilations or (1, 1), strides or (1, 1)
+        padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=-np.inf)
+        rows = (padded.shape[2] - dy * (height - 1) - 1) // sy + 1
+        columns = (padded.shape[3] - dx * (width - 1) - 1) // sx + 1
+        taps = [
+            padded[:, :, k * dy :: sy, l * dx :: sx][:, :, :rows, :columns]
+            for k in range(height)
+            for l in range(width)  # noqa: E741
+        ]
+        return (np.maximum.reduce(taps),)
 
 
 def grid(rng: np.random.Generator, shape: Sequence[int]) -> Array:
@@ -93,7 +121,8 @@ def _forward(
     initializers = [numpy_helper.from_array(value, name) for name, value in wide.items()]
     outputs = [helper.make_tensor_value_info(output, TensorProto.DOUBLE, None)]
     graph = helper.make_graph(list(nodes), "forward", inputs, outputs, initializers)
-    return ReferenceEvaluator(helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)]))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
+    return ReferenceEvaluator(model, new_ops=[MaxPool])
 
 
 def _evaluate(evaluator: ReferenceEvaluator, feeds: Mapping[str, Array]) -> Array:

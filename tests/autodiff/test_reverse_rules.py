@@ -160,14 +160,19 @@ def test_pooling(op: str, shape: tuple[int, ...], data: st.DataObject) -> None:
     pads = [data.draw(st.integers(0, k - 1)) for k in (*kernel, *kernel)]
     attributes: dict[str, Any] = {"kernel_shape": kernel, "strides": strides, "pads": pads}
     if op == "MaxPool":
-        # Padding and dilation in one draw: the reference evaluator of onnx is right for either, not for both.
-        if not any(pads):
-            attributes["dilations"] = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
+        attributes["dilations"] = data.draw(st.tuples(st.integers(1, 2), st.integers(1, 2)))
     else:
         attributes["count_include_pad"] = data.draw(st.integers(0, 1))
     reach = [d * (k - 1) + 1 for d, k in zip(attributes.get("dilations", (1, 1)), kernel, strict=True)]
     assume(all(n + pads[i] + pads[i + 2] >= reach[i] for i, n in enumerate(shape[1:])))
     check_gradients([node(op, ["a"], **attributes)], shape)
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 1), (2, 1, 5), (2, 4, 4)])
+@pytest.mark.parametrize("kernel", [(2, 1), (1, 2), (3, 1), (1, 1)])
+def test_max_pooling_of_one_row_or_column(shape: tuple[int, ...], kernel: tuple[int, int]) -> None:
+    if all(n >= k for n, k in zip(shape[1:], kernel, strict=True)):
+        check_gradients([node("MaxPool", ["a"], kernel_shape=kernel)], shape)
 
 
 @FEW

@@ -45,9 +45,9 @@ def _max_forward(ctx: Context, node: Node) -> tuple[str, ...]:
     position = g.op("Mod", indices, g.const(np.array(math.prod(window.input), np.int64)), hint="position")
     place = ""
     for axis in range(len(window.kernel)):
-        inner = math.prod(window.input[axis + 1 :])
-        row = g.op("Div", position, g.const(np.array(inner, np.int64)), hint="row") if inner > 1 else position
-        if inner > 1:
+        inner, is_last = math.prod(window.input[axis + 1 :]), axis + 1 == len(window.kernel)
+        row = g.op("Div", position, g.const(np.array(inner, np.int64)), hint="row") if not is_last else position
+        if not is_last:
             position = g.op("Mod", position, g.const(np.array(inner, np.int64)), hint="position")
         offset = g.op("Sub", row, g.const(window.origins(axis)), hint="offset")
         if window.dilations[axis] > 1:
@@ -64,9 +64,9 @@ def _max_backward(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Map
     place = g.op("Cast", ctx.kept(node)[0], to=_INT64, hint="place")
     position = ""
     for axis in range(len(window.kernel)):
-        inner = math.prod(window.kernel[axis + 1 :])
-        tap = g.op("Div", place, g.const(np.array(inner, np.int64)), hint="tap") if inner > 1 else place
-        if inner > 1:
+        inner, is_last = math.prod(window.kernel[axis + 1 :]), axis + 1 == len(window.kernel)
+        tap = g.op("Div", place, g.const(np.array(inner, np.int64)), hint="tap") if not is_last else place
+        if not is_last:
             place = g.op("Mod", place, g.const(np.array(inner, np.int64)), hint="place")
         step = g.op("Mul", tap, g.const(np.array(window.dilations[axis], np.int64)), hint="step")
         row = g.op("Add", step, g.const(window.origins(axis)), hint="row")
