@@ -1,4 +1,4 @@
-"""The factor of the batch mode, found inside a step: two rounds of subspace iteration on a small Gram matrix.
+"""The factor of the batch mode, found inside a step: a few rounds of subspace iteration on a small Gram matrix.
 
 ONNX has no QR, SVD or eigen operator, so the orthonormalisation is Gram-Schmidt, one column at a time, in a Scan.
 Halko, Martinsson & Tropp 2011, algorithm 4.4 (randomised subspace iteration). Knows numpy and the emitter protocol.
@@ -12,7 +12,7 @@ import numpy as np
 
 from edgetune.codecs.base import Array, Emitter
 
-ROUNDS = 2
+ROUNDS = 3
 # A column that depends on those before it would leave only rounding noise, which need not be orthogonal to anything.
 # A little of the random sketch is mixed into every column, so that its remainder is a direction of its own.
 MIX = 1e-5

@@ -120,13 +120,12 @@ class TrainingSession:
             )
         self._plan = plan
         self._bases: dict[str, Handle] = {}
-        self._sketches: dict[str, Array] = {}
+        self._sketches: dict[str, tuple[str, int]] = {}
         for saved in self._manifest.saved:
             for mode in saved.modes:
                 rank = plan.ranks[saved.name][mode.letter]
                 if mode.size is None:
-                    rng = np.random.default_rng([self._seed, *saved.name.encode()])
-                    self._sketches[mode.input] = rng.standard_normal((plan.batch, rank)).astype(np.float32)
+                    self._sketches[mode.input] = saved.name, rank
                     continue
                 spectrum = plan.calibration.spectra[saved.name][mode.letter] if plan.calibration else None
                 if spectrum is None or spectrum.basis is None:
@@ -136,9 +135,16 @@ class TrainingSession:
                 self._bases[mode.input] = self._runtime.put(np.ascontiguousarray(spectrum.basis[:, :, :rank]))
 
     def _basis_feeds(self, samples: int) -> dict[str, Handle]:
-        """Return bases and sketches for a batch of ``samples``; a short last batch has a shorter sketch."""
-        cut = {n: np.ascontiguousarray(s[:samples, : min(s.shape[1], samples)]) for n, s in self._sketches.items()}
-        return self._bases | {name: self._runtime.put(sketch) for name, sketch in cut.items()}
+        """Return bases and sketches for a batch of ``samples``.
+
+        Every step draws its own sketch: an unlucky one costs energy in one step, not in all. It follows from the seed
+        and the step alone, so a resumed session draws the same.
+        """
+        sketches = {}
+        for input_name, (saved, rank) in self._sketches.items():
+            rng = np.random.default_rng([self._seed, self._step, *saved.encode()])
+            sketches[input_name] = rng.standard_normal((samples, min(rank, samples)), dtype=np.float32)
+        return self._bases | {name: self._runtime.put(sketch) for name, sketch in sketches.items()}
 
     def _verify(self) -> None:
         feeds = {f.name: self._runtime.put(np.zeros((1, *f.shape), np.float32)) for f in self._manifest.features}

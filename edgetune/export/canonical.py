@@ -25,7 +25,7 @@ from edgetune.autodiff.builder import OPSET
 from edgetune.autodiff.graph import BATCH, ForwardGraph, Node, prune
 from edgetune.errors import ExportError
 
-PROBE_BATCH = 10007  # a prime that no extent of a model has
+PROBE_BATCHES = (10007, 10009)  # primes that no extent of a model has
 _PROBES = (2, 3)  # batches at which shapes are inferred; what scales with them is the batch
 
 
@@ -37,7 +37,9 @@ def canonicalise(model: onnx.ModelProto) -> ForwardGraph:
             whose extent is unknown.
     """
     own = {tensor.name for tensor in model.graph.initializer}
-    model = _fold_constants(_with_probe_batch(inliner.inline_local_functions(model)))
+    inlined = inliner.inline_local_functions(model)
+    model, other = (_fold_constants(_with_probe_batch(inlined, probe), probe) for probe in PROBE_BATCHES)
+    _refuse_batch_arithmetic(model, other)
     _restore_batch(model)
     constants = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     inputs = tuple(i.name for i in model.graph.input if i.name not in constants)
@@ -51,6 +53,7 @@ def canonicalise(model: onnx.ModelProto) -> ForwardGraph:
     shapes, dtypes = infer_shapes(model, constants)
     graph = ForwardGraph(nodes, inputs, output, constants, shapes, dtypes)
     _evaluate_constants(graph)
+    _refuse_mixed_samples(graph)
     graph.nodes = [_without_invented_bias(graph, node, own) for node in graph.nodes]
     graph.nodes = [_explicit(graph, node) for node in graph.nodes]
     graph.nodes = _name_nodes(_fuse_bias(graph))
@@ -58,7 +61,7 @@ def canonicalise(model: onnx.ModelProto) -> ForwardGraph:
     return graph
 
 
-def _with_probe_batch(model: onnx.ModelProto) -> onnx.ModelProto:
+def _with_probe_batch(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     """Give the leading axis of every input a conspicuous extent, so that all arithmetic on shapes can be folded.
 
     Raises:
@@ -78,40 +81,68 @@ def _with_probe_batch(model: onnx.ModelProto) -> onnx.ModelProto:
             )
         fixed = dims[0].dim_value
         dims[0].Clear()
-        dims[0].dim_value = PROBE_BATCH
+        dims[0].dim_value = batch
         for node in probe.graph.node if fixed else ():
             target = constants.get(node.input[1]) if node.op_type == "Reshape" else None
             if target is not None and numpy_helper.to_array(target).reshape(-1)[0] == fixed:
                 extents = numpy_helper.to_array(target).copy()
-                extents[0] = PROBE_BATCH
+                extents[0] = batch
                 target.CopyFrom(numpy_helper.from_array(extents, target.name))
     for value in probe.graph.output:
         value.type.tensor_type.ClearField("shape")
     return probe
 
 
-def _fold_constants(model: onnx.ModelProto) -> onnx.ModelProto:
+def _fold_constants(model: onnx.ModelProto, batch: int) -> onnx.ModelProto:
     from onnxscript import ir, optimizer
 
+    def should_fold(node: Any) -> bool | None:
+        # The folder keeps ConstantOfShape by default, and with it the padding that torch's older exporter computes.
+        if node.op_type != "ConstantOfShape":
+            return None
+        extents = node.inputs[0].const_value.numpy()
+        return None if ((extents > 0) & (extents % batch == 0)).any() else True
+
     folded = ir.serde.deserialize_model(model)
-    optimizer.fold_constants(folded, input_size_limit=1 << 30, output_size_limit=1 << 30, should_fold=_should_fold)
+    optimizer.fold_constants(folded, input_size_limit=1 << 30, output_size_limit=1 << 30, should_fold=should_fold)
     result: onnx.ModelProto = ir.serde.serialize_model(folded)
     return result
 
 
-def _should_fold(node: Any) -> bool | None:
-    """The folder keeps ConstantOfShape by default, and with it the padding that torch's older exporter computes."""
-    if node.op_type != "ConstantOfShape":
-        return None
-    extents = node.inputs[0].const_value.numpy()
-    return None if ((extents > 0) & (extents % PROBE_BATCH == 0)).any() else True
+def _refuse_batch_arithmetic(model: onnx.ModelProto, other: onnx.ModelProto) -> None:
+    """Raise ExportError where a constant other than a shape follows from the batch size: folded, it would be wrong."""
+    known, second = _all_constants(model), _all_constants(other)
+    for name, tensor in known.items():
+        if tensor.data_type == onnx.TensorProto.INT64 or name not in second:
+            continue
+        if not np.array_equal(numpy_helper.to_array(tensor), numpy_helper.to_array(second[name]), equal_nan=True):
+            raise ExportError(f"the model computes with its batch size (in '{name}'); samples must stay independent")
+
+
+def _all_constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
+    found = {tensor.name: tensor for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "Constant" and node.attribute[0].name == "value":
+            found[node.output[0]] = node.attribute[0].t
+    return found
+
+
+def _refuse_mixed_samples(graph: ForwardGraph) -> None:
+    """Raise ExportError where something computed from the samples has no batch axis any more: it mixes them."""
+    for node in graph.nodes:
+        for name in node.outputs:
+            if name and name in graph.shapes and all(extent > 0 for extent in graph.shapes[name]):
+                raise ExportError(
+                    f"{node.op} '{name}' mixes the samples of a batch (its result has no batch axis); samples must "
+                    "stay independent, because the device runs them in smaller pieces"
+                )
 
 
 def _restore_batch(model: onnx.ModelProto) -> None:
     """Undo :func:`_with_probe_batch`: name the batch axis again and let Reshape infer what the batch scales."""
     for value in model.graph.input:
         dims = value.type.tensor_type.shape.dim
-        if dims and dims[0].dim_value == PROBE_BATCH:
+        if dims and dims[0].dim_value == PROBE_BATCHES[0]:
             dims[0].Clear()
             dims[0].dim_param = BATCH
     targets = {n.input[1]: n for n in model.graph.node if n.op_type == "Reshape"}
@@ -126,7 +157,7 @@ def _infer_batch(tensor: onnx.TensorProto, is_target: bool) -> None:
     if tensor.data_type != onnx.TensorProto.INT64:
         return
     extents = numpy_helper.to_array(tensor)
-    scaled = (extents != 0) & (extents % PROBE_BATCH == 0)
+    scaled = (extents != 0) & (extents % PROBE_BATCHES[0] == 0)
     if not scaled.any():
         return
     if not is_target or np.count_nonzero(scaled | (extents == -1)) > 1:

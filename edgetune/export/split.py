@@ -43,6 +43,8 @@ def weight_layers(graph: ForwardGraph) -> list[WeightLayer]:
     for node in graph.nodes:
         if node.op not in WEIGHT_OPS or node.input(1) not in graph.constants:
             continue
+        if node.op == "MatMul" and len(graph.shapes[node.inputs[1]]) != 2:
+            continue  # a constant that is multiplied with, not the weight of a linear layer
         bias = node.input(2) or None
         if node.op == "MatMul":
             after = readers.get(node.outputs[0], [])

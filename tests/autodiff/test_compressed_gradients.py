@@ -48,14 +48,16 @@ def run_with_outputs(bundle: Bundle, feeds: dict[str, Array], more: list[str]) -
 
 def bases_of(session: TrainingSession, saved: SavedSpec) -> dict[str, Array]:
     """Return by letter the truncated bases that the plan prescribes, and the session's own sketch for b."""
-    plan, found = session.plan, {}
+    plan, found = session.plan, dict[str, Array]()
+    feeds = session._basis_feeds(plan.batch)
     assert plan.calibration is not None
     for mode in saved.modes:
         basis = plan.calibration.spectra[saved.name][mode.letter].basis
         rank = plan.ranks[saved.name][mode.letter]
-        found[mode.letter] = (
-            session._sketches[mode.input] if basis is None else np.ascontiguousarray(basis[:, :, :rank])
-        )
+        if basis is None:
+            found[mode.letter] = np.array(session._runtime.get(feeds[mode.input]))
+        else:
+            found[mode.letter] = np.ascontiguousarray(basis[:, :, :rank])
     return found
 
 

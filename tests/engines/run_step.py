@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,10 @@ class Metered(TrainingSession):
         self.meter, self.peaks_bytes = PeakMeter(), dict[str, list[int]]()
         super().__init__(bundle, plan)
 
-    def _update(self, made: dict[str, Any]) -> float:
+    def _update(self, gradients: Mapping[str, Any]) -> float:
         self.peaks_bytes.setdefault("train", []).append(self.meter.peak_bytes())
         self.meter.reset()
-        norm = super()._update(made)
+        norm = super()._update(gradients)
         self.peaks_bytes.setdefault("update", []).append(self.meter.peak_bytes())
         return norm
 

@@ -328,10 +328,7 @@ FAILURES: dict[str, Failure] = {
 
 
 # A size that the model turns into a float is not noticed: the probe's batch stays in the graph as a constant.
-KNOWN = {"batch size": pytest.mark.xfail(strict=True, reason="the batch size as a float constant is not noticed")}
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=KNOWN.get(name, ())) for name in FAILURES])
+@pytest.mark.parametrize("name", list(FAILURES))
 def test_a_failed_export_says_why_and_leaves_nothing_behind(tmp_path: Path, name: str) -> None:
     make, options, kind, message = FAILURES[name]
     with pytest.raises(kind, match=message):
