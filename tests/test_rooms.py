@@ -33,7 +33,7 @@ class Room:
     lazy_libraries: frozenset[str] = frozenset()
 
 
-_ALL = _words("bundle errors units codecs planning autodiff export engines telemetry agent adapters api")
+_ALL = _words("bundle errors units version codecs planning autodiff export engines telemetry agent adapters api")
 TABLE = {
     "errors": Room(),
     "units": Room(_words("errors")),
@@ -56,7 +56,7 @@ TABLE = {
     "commands": Room(
         _ALL - _words("export autodiff"),
         _words("numpy PIL rich typer click psutil"),
-        lazy_rooms=_words("export autodiff"),
+        lazy_rooms=_words("export autodiff __init__"),
         lazy_libraries=_words("torch onnx onnxruntime sklearn safetensors watchfiles pynvml"),
     ),
     # The front doors: cheap to import, so everything but the smallest rooms is fetched when it is first asked for.
