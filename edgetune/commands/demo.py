@@ -71,7 +71,7 @@ class _Demo:
         _digits.write_stream(first, stream[:240], digits.stream_labels[:240])
         few = ("--once", "--epochs", "9", "--max-steps", "4", "--quiet")
         dense = self._train(bundles["dense"], first, "dense", *few)
-        compressed = self._train(bundles["hosvd"], first, "compressed", *few, "--epsilon", str(EPSILON))
+        compressed = self._train(bundles["hosvd"], first, "fixed", *few, "--epsilon", str(EPSILON))
         budget_bytes = (dense["measured_peak_bytes"] + compressed["measured_peak_bytes"]) // 2
         self._say(
             f"budget for the whole process from here on: {budget_bytes / 2**20:.1f} MiB, half way between the two"
@@ -83,10 +83,8 @@ class _Demo:
         print(f"     dense training under it is refused: {refusal.stderr.strip().removeprefix('edgetune: ')}")
         self._say("the agent watches a folder; the drifted digits arrive in it")
         self._stream(bundles["hosvd"], stream, digits.stream_labels, budget_bytes)
-        report, plan = self._json("report", self.root / "hosvd"), self._json("status", self.root / "hosvd")["plan"]
-        before, after = self._accuracies(bundles["hosvd"], test, digits.test_labels)
-        seconds = time.perf_counter() - started
-        self._table(before, after, dense, report, plan, seconds)
+        accuracies = self._accuracies(bundles["hosvd"], test, digits.test_labels)
+        self._table(accuracies, time.perf_counter() - started)
 
     def _export(self, digits: Digits) -> dict[str, Bundle]:
         import edgetune
@@ -160,37 +158,32 @@ class _Demo:
         session.load_state(trained.tensors)
         return before, accuracy()
 
-    def _table(
-        self,
-        before: float,
-        after: float,
-        dense: dict[str, Any],
-        report: dict[str, Any],
-        plan: dict[str, Any],
-        seconds: float,
-    ) -> None:
+    def _table(self, accuracies: tuple[float, float], seconds: float) -> None:
         from rich.console import Console
         from rich.table import Table
 
         from edgetune.units import format_bytes
 
-        title = f"drifted digits: {report['steps']} steps of {BATCH} samples, last {LAST} layers and the head"
+        reports = {name: self._json("report", self.root / name) for name in ("dense", "fixed", "hosvd")}
+        plans = {name: self._json("status", self.root / name)["plan"] for name in reports}
+        last = reports["hosvd"]
+        title = f"drifted digits: {last['steps']} steps of {BATCH} samples, last {LAST} layers and the head"
         table = Table(title=f"\n{title}")
-        for column in ("", "dense", "compressed (hosvd)", "ratio"):
+        for column in ("", "dense", f"hosvd, ε = {EPSILON}", f"hosvd, ε = {last['epsilon_last']:.3f}"):
             table.add_column(column, justify="right" if column else "left")
+        table.add_row("who chose ε", "-", "given", "the budget")
 
-        def compare(label: str, one: int, other: int) -> None:
-            table.add_row(label, format_bytes(one), format_bytes(other), f"{one / other:.2f}")
+        def sizes(label: str, values: dict[str, int]) -> None:
+            table.add_row(label, *(format_bytes(values[name]) for name in ("dense", "fixed", "hosvd")))
 
-        compare("saved for the backward pass", plan["dense_saved_bytes"], plan["saved_bytes"])
-        compare("peak of the process, predicted", dense["predicted_peak_bytes"], report["predicted_peak_bytes"])
-        compare("peak of the process, measured", dense["measured_peak_bytes"], report["measured_peak_bytes"])
-        verdict = "kept at every step" if report["budget_kept"] else f"exceeded at {report['over_budget_steps']} steps"
-        table.add_row(f"budget {format_bytes(report['budget_bytes'])}", "refused", verdict, "")
-        table.add_row("ε that the budget picked, at last", "", f"{report['epsilon_last']:.4f}", "")
-        table.add_row("accuracy on drifted digits, before", "", f"{before:.1%}", "")
-        table.add_row("accuracy on drifted digits, after", "", f"{after:.1%}", "")
-        table.add_row("seconds, all of the demonstration", "", f"{seconds:.0f}", "")
+        sizes("saved for the backward pass", {name: plan["saved_bytes"] for name, plan in plans.items()})
+        sizes("peak of the process, predicted", {name: r["predicted_peak_bytes"] for name, r in reports.items()})
+        sizes("peak of the process, measured", {name: r["measured_peak_bytes"] for name, r in reports.items()})
+        verdict = "kept at every step" if last["budget_kept"] else f"exceeded at {last['over_budget_steps']} steps"
+        table.add_row(f"budget {format_bytes(last['budget_bytes'])}", "refused", "", verdict)
+        table.add_row("accuracy on drifted digits, before", "", "", f"{accuracies[0]:.1%}")
+        table.add_row("accuracy on drifted digits, after", "", "", f"{accuracies[1]:.1%}")
+        table.add_row("seconds, all of the demonstration", "", "", f"{seconds:.0f}")
         Console().print(table)
 
     # -- processes --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Imported lazily. Knows the bundle and onnxruntime.
 from __future__ import annotations
 
 import ctypes
+import functools
 import json
 import os
 import sys
@@ -40,6 +41,7 @@ def import_onnxruntime() -> Any:
     return onnxruntime
 
 
+@functools.cache
 def _glibc() -> Any:
     """Return the C library if it is glibc, else None."""
     if not sys.platform.startswith("linux"):
