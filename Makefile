@@ -1,4 +1,4 @@
-# make demo    see EdgeTune work, from nothing, on this computer (about a minute after the first set-up)
+# make demo    see EdgeTune work, from nothing, on this computer (two minutes after the first set-up)
 # make test    every check that a change must pass: style, types, tests
 # make lint    style and types only
 # make clean   remove the environment, the caches and what a build left

@@ -23,12 +23,21 @@ def plan_bundle(
     engine: str = "auto",
 ) -> Plan:
     """Calibrate on the batches (inputs, targets) of ``calibration`` if given, then plan; see :func:`edgetune.plan`."""
-    from edgetune.agent.baseline import measure_runtime
+    from edgetune.agent.baseline import measure_runtime, measure_runtime_apart
+    from edgetune.errors import UsageError
     from edgetune.planning.plan import RESERVE_BYTES, make_plan
 
-    runtime_bytes = measure_runtime(bundle, engine)
+    limited = budget_bytes is not None or activation_budget_bytes is not None
+    lossy = any(saved.modes for saved in bundle.manifest.saved)
+    if lossy and calibration is None and epsilon != 1.0 and (limited or epsilon is not None):
+        raise UsageError(
+            "which ranks an ε needs depends on the data: give samples to calibrate on (--data FOLDER, or calibration= "
+            "batches), or ε = 1 for full ranks"
+        )
+    # A budget is for the process on the device. This one may hold torch, a model and the caller's data.
+    runtime_bytes = measure_runtime(bundle, engine) if budget_bytes is None else measure_runtime_apart(bundle, engine)
     spectra = None if calibration is None else calibrate_bundle(bundle, batch, calibration, engine)
-    if budget_bytes is None and activation_budget_bytes is None and epsilon is None:
+    if not limited and epsilon is None:
         epsilon = 1.0
     return make_plan(
         bundle.manifest,

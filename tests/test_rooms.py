@@ -48,14 +48,14 @@ TABLE = {
         lazy_libraries=_words("torch onnxscript"),
     ),
     "engines": Room(_words("bundle codecs planning errors units"), _words("numpy")),
-    "telemetry": Room(_words("bundle errors units"), _words("psutil pynvml")),
+    "telemetry": Room(_words("bundle errors units")),
     "agent": Room(
         _words("bundle planning engines telemetry codecs errors units"),
         _words("numpy PIL watchfiles rich safetensors"),
     ),
     "commands": Room(
         _ALL - _words("export autodiff"),
-        _words("numpy PIL rich typer click psutil"),
+        _words("numpy PIL rich typer click"),
         lazy_rooms=_words("export autodiff __init__"),
         lazy_libraries=_words("torch onnx onnxruntime sklearn safetensors watchfiles pynvml"),
     ),

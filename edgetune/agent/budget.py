@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgetune.bundle import Manifest
+from edgetune.errors import BudgetError
 from edgetune.planning.plan import Plan, make_plan
 from edgetune.planning.spectra import Calibration, identity_calibration
 
@@ -45,12 +46,14 @@ class Budgeter:
         self.corrected = False
         self._most_measured_bytes = 0
         self._reserve_bytes = reserve_bytes
-        self.plan = self._make(None, 0, request.epsilon)
+        # Before any calibration an ε says nothing of ranks; whether it fits is seen afterwards.
+        limited = request.budget_bytes is not None or request.activation_budget_bytes is not None
+        self._yielded = False
+        self.plan = self._make(None, 0, None if limited else request.epsilon)
 
     def replan(self, calibration: Calibration | None) -> Plan:
         """Plan anew for a new calibration, with the correction known so far; return the plan in force."""
-        epsilon = None if self._gave_way() else self.request.epsilon
-        self.plan = self._make(calibration, self.plan.correction_bytes, epsilon)
+        self.plan = self._make(calibration, self.plan.correction_bytes, self._epsilon())
         return self.plan
 
     def settle(self, resident_bytes: int) -> Plan | None:
@@ -62,8 +65,13 @@ class Budgeter:
         excess_bytes = resident_bytes - sum(ledger.get(line, 0) for line in ALWAYS_THERE)
         if self.request.budget_bytes is None or excess_bytes <= self.plan.correction_bytes:
             return None
-        epsilon = None if self._gave_way() else self.request.epsilon
-        self.plan = self._make(self.plan.calibration, excess_bytes, epsilon)
+        try:
+            self.plan = self._make(self.plan.calibration, excess_bytes, self._epsilon())
+        except BudgetError:
+            if self._epsilon() is None:
+                raise
+            self._yielded = True  # the budget wins over a given ε
+            self.plan = self._make(self.plan.calibration, excess_bytes, None)
         return self.plan
 
     def adopt(self, plan: Plan, calibration: Calibration | None, *, corrected: bool) -> Plan:
@@ -72,6 +80,8 @@ class Budgeter:
             calibration = identity_calibration(self.manifest, self.request.batch)
         self.plan = dataclasses.replace(plan, calibration=calibration)
         self.corrected = corrected
+        asked = self.request.epsilon
+        self._yielded = asked is not None and plan.epsilon is not None and plan.epsilon != asked
         return self.plan
 
     def overrun(self, measured_bytes: int, *, resettable: bool) -> bool:
@@ -95,17 +105,17 @@ class Budgeter:
         if self.corrected and self.request.budget_bytes is not None:
             # The reserve was not enough; what exceeded it may come again.
             self._reserve_bytes += max(0, measured_bytes - self.request.budget_bytes)
-        epsilon = self.request.epsilon
-        if epsilon is not None and self.request.budget_bytes is not None:
-            if measured_bytes > self.request.budget_bytes or self._gave_way():
-                epsilon = None
+        budget_bytes = self.request.budget_bytes
+        if budget_bytes is not None and measured_bytes + self._reserve_bytes > budget_bytes:
+            self._yielded = self.request.epsilon is not None
+            if not self.plan.ranks and measured_bytes <= budget_bytes:
+                self._reserve_bytes = 0  # a lossless codec has nothing to give, and the budget is kept without it
         self.corrected = True
-        self.plan = self._make(self.plan.calibration, correction, epsilon)
+        self.plan = self._make(self.plan.calibration, correction, self._epsilon())
         return self.plan
 
-    def _gave_way(self) -> bool:
-        asked = self.request.epsilon
-        return asked is not None and self.plan.epsilon is not None and self.plan.epsilon != asked
+    def _epsilon(self) -> float | None:
+        return None if self._yielded else self.request.epsilon
 
     def _make(self, calibration: Calibration | None, correction_bytes: int, epsilon: float | None) -> Plan:
         return make_plan(

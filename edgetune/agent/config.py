@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgetune.errors import UsageError, choices
 
-DEFAULT_BATCH = 16
+DEFAULT_BATCH = 32
 DEFAULT_SEED = 0
 
 
@@ -78,6 +79,9 @@ class AgentConfig:
             wrong.append("--holdout 1 would hold out every sample; give 0 (none) or at least 2")
         if self.epsilon is not None and not 0 < self.epsilon <= 1:
             wrong.append(f"--epsilon is {self.epsilon}; it must lie in (0, 1]")
+        for name, given in self.hyper.items():
+            if not math.isfinite(given) or given < 0:
+                wrong.append(f"--{name.replace('_', '-')} is {given}; it must be a finite number, not negative")
         unknown = set(self.hyper) - set(known_scalars)
         if unknown:
             wrong.append(

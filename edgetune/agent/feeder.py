@@ -97,6 +97,9 @@ class Feeder:
                 images[len(waiting)] = self.load(sample)
                 waiting.append(sample)
             except DataError as error:
+                if not self.source.root.is_dir():
+                    # Every sample would be "missing"; none of them is at fault.
+                    raise DataError(f"the data folder '{self.source.root}' is gone; mount it and run again") from None
                 fed.bad.append((sample, str(error)))
         fed.seconds["decode"] += time.perf_counter() - started
         return waiting

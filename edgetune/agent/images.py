@@ -17,6 +17,7 @@ from edgetune.errors import BundleError, DataError, choices
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 ARRAY_SUFFIXES = frozenset({".npy"})
 _CHANNELS = {"L": 1, "RGB": 3}
+_NPY = b"\x93NUMPY"
 
 
 class Decoder:
@@ -84,10 +85,14 @@ class Decoder:
         return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
     def _array(self, data: bytes) -> Array:
+        if not data.startswith(_NPY):
+            raise DataError("not a .npy array")
         try:
             value = np.load(io.BytesIO(data), allow_pickle=False)
-        except (ValueError, OSError, EOFError) as error:
-            raise DataError(f"not a readable .npy array ({error})") from None
+        except Exception as error:  # numpy raises nearly anything on a damaged header, MemoryError included
+            raise DataError(f"not a readable .npy array ({type(error).__name__}: {error})") from None
+        if value.dtype.kind not in "fiub":
+            raise DataError(f"its type is {value.dtype}; expected numbers")
         if not isinstance(value, np.ndarray) or value.shape != self.shape:
             raise DataError(f"its shape is {getattr(value, 'shape', None)}; expected {self.shape}")
         if not np.all(np.isfinite(value)):

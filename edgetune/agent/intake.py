@@ -102,8 +102,10 @@ class Intake:
         try:
             stat = self.source.stat(path)
             if known is not None and (known.size, known.mtime_ns) == stat:
-                # A quarantined file is looked at again only if its label changed; a damaged one stays damaged.
-                if known.status != "quarantined" or known.label == label:
+                # A quarantined file is looked at again if its label changed, or if it could not be reached before (the
+                # folder may have been unmounted); a damaged one stays damaged.
+                absent = (known.reason or "").startswith(("missing", "cannot be read"))
+                if known.status != "quarantined" or (known.label == label and not absent):
                     return None
             data = self.source.read(path)
             sha256 = hashlib.sha256(data).hexdigest()
@@ -116,11 +118,14 @@ class Intake:
         self._unsettled.pop(path, None)
         return lambda: self._record(path, sha256, stat, label)
 
-    def _record(self, path: str, sha256: str, stat: tuple[int, int], label: int) -> Sample:
+    def _record(self, path: str, sha256: str, stat: tuple[int, int], label: int) -> Sample | None:
         # Looked up here, inside the transaction, because the original may have been recorded a moment ago.
         original = self.ledger.by_content(sha256)
         if original is None:
             return self.ledger.accept(path, sha256, stat, label, holdout=self.holdout)
+        if original.path == path:  # listed twice, or back at a content that it had before
+            self.ledger.touch(original.id, stat)
+            return None
         reason = f"duplicate of {original.path}"
         if original.label is not None and original.label != label:
             reason += f", which is labelled {self.source.classes[original.label]}"

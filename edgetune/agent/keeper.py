@@ -18,7 +18,7 @@ from edgetune.agent.checkpoint import Checkpoint
 from edgetune.agent.journal import Journal
 from edgetune.agent.ledger import Ledger
 from edgetune.bundle import Array
-from edgetune.errors import StorageError
+from edgetune.errors import StateError, StorageError
 from edgetune.planning.spectra import Calibration
 
 
@@ -58,6 +58,7 @@ class Keeper:
                     self._calibration[1].save(self.path / name)
                     self._calibration_saved = True
             written = checkpoints.write(self.path, step, tensors(), {**position, "calibration": name})
+            self.saved_step = step  # it is on the disk, whatever becomes of the tidying
             self._oldest_step = checkpoints.prune(self.path)
             kept = [checkpoints.read_position(path) for _, path in checkpoints.listed(self.path)]
             calibrations.prune(self.path, kept)
@@ -67,7 +68,8 @@ class Keeper:
         except OSError as error:  # deleting old files failed: no harm to the new one
             self.journal.storage_error(StorageError(f"cannot tidy {self.path}: {error.strerror or error}"))
             return False
-        self.saved_step = step
+        except StateError as error:  # an older checkpoint is damaged; the new one is not
+            self.journal.event("tidy_failed", str(error), step=step)
         self.journal.storage_back()
         seconds = {"checkpoint": round(time.perf_counter() - started, 6)}
         self.journal.event("checkpoint", step=step, file=written.name, bytes=written.stat().st_size, seconds=seconds)

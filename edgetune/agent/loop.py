@@ -40,6 +40,7 @@ from edgetune.units import format_bytes
 
 MOST_EVALUATED = 1024
 MOST_BAD_BATCHES = 5
+RETRY_SAVE_SECONDS = 60.0  # while the agent waits and the disk refuses
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Agent:
         self.step = 0
         self.accuracy_before: float | None = None
         self.accuracy: float | None = None
+        self._retry_save_at = 0.0
         self._bad_batches = 0
         self._now = Snapshot(budget_bytes=config.budget_bytes)
         self._mean_seconds = 0.0
@@ -132,7 +134,8 @@ class Agent:
         self.budgeter = Budgeter(self.bundle.manifest, request, runtime_bytes, self.parts.reserve_bytes)
         self._make_session()
         try:
-            if found is None:
+            # A state that was stopped before its first batch has never been calibrated.
+            if found is None or (found.step == 0 and self.keeper.calibration is None):
                 self._begin()
             else:
                 self._resume(found.tensors, found.position)
@@ -161,8 +164,9 @@ class Agent:
                 if config.once:
                     return "every sample is trained"
                 # Waiting may take days: what is trained must not depend on the power staying on.
-                if self.step != self.keeper.saved_step and not self.journal.storage_failed:
+                if self.step != self.keeper.saved_step and time.monotonic() >= self._retry_save_at:
                     self._save()
+                    self._retry_save_at = time.monotonic() + RETRY_SAVE_SECONDS
                 self.supply.wait()
             elif self._train_step() and self.step % config.checkpoint_every == 0:
                 self._save()
@@ -171,8 +175,10 @@ class Agent:
         return self.stop_reason
 
     def _finish(self, reason: str) -> Outcome:
-        if self.step != self.keeper.saved_step or self.ledger.dirty or self.journal.storage_failed:
-            self._save(evaluate=self.step != self.keeper.saved_step)
+        began = self.step > 0 or self.keeper.saved_step is not None or self.journal.storage_failed
+        if began and (self.step != self.keeper.saved_step or self.ledger.dirty or self.journal.storage_failed):
+            # Who asks for a stop does not wait for an evaluation; a service manager may kill what takes long.
+            self._save(evaluate=self.step != self.keeper.saved_step and self.stop_reason is None)
         self._stopped(reason)
         if self.journal.storage_failed:
             stored = "nothing" if self.keeper.saved_step is None else f"everything up to step {self.keeper.saved_step}"

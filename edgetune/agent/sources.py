@@ -54,7 +54,10 @@ class FolderSource:
 
     def scan(self) -> Iterator[Found]:
         """Yield all entries in a fixed order (by path; of ``metadata.jsonl``, by line)."""
-        yield from self._metadata() if (self.root / METADATA).is_file() else self._folders()
+        for found in self._metadata() if (self.root / METADATA).is_file() else self._folders():
+            # A name that is not UTF-8 comes with lone surrogates, which neither the ledger nor the log can hold.
+            storable = found.path.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in found.path)
+            yield found if storable else Found(ascii(found.path), None, "its name is not UTF-8; rename the file")
 
     def stat(self, path: str) -> tuple[int, int]:
         """Return (bytes, modification time in ns). Raises DataError like :meth:`read`."""

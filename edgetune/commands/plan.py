@@ -32,17 +32,11 @@ def plan(
     from edgetune.agent.samples import labelled_batches
     from edgetune.api import plan_bundle
     from edgetune.bundle import Bundle
-    from edgetune.errors import UsageError
     from edgetune.units import parse_bytes
 
     budget_bytes = None if budget is None else parse_bytes(budget)
     activation_budget_bytes = None if activation_budget is None else parse_bytes(activation_budget)
     opened = Bundle.open(bundle)
-    lossy = any(saved.modes for saved in opened.manifest.saved)
-    if lossy and data is None and epsilon != 1.0 and (budget or activation_budget or epsilon is not None):
-        raise UsageError(
-            "which ranks an ε needs depends on the data: give --data FOLDER with samples (or --epsilon 1: full ranks)"
-        )
     found = plan_bundle(
         opened,
         batch=batch,

@@ -20,7 +20,7 @@ def run(
     ] = None,
     engine: Annotated[str, typer.Option("--engine", help="auto or onnxruntime.")] = "auto",
     batch: Annotated[
-        int | None, typer.Option("--batch", help="Samples per step (default: as the state was made with, else 16).")
+        int | None, typer.Option("--batch", help="Samples per step (default: as the state was made with, else 32).")
     ] = None,
     epsilon: Annotated[
         float | None, typer.Option("--epsilon", help="Energy kept per mode, in (0, 1] (default: chosen by the budget).")

@@ -25,6 +25,7 @@ class StepReport:
     """What one step did. ``energy`` is the captured energy per lossily saved tensor; ``seconds`` are per phase.
 
     ``applied`` is False where the loss was not finite: parameters and optimizer state are then as before the step.
+    Where ``gradient_norm`` is not finite although the loss was, the step has been applied: go back to a stored state.
     """
 
     loss: float

@@ -6,7 +6,6 @@ Knows every room but engines, telemetry and the agent.
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from edgetune.autodiff.lowering import emit_node
 from edgetune.autodiff.reverse import Slot, TrainedLayer, emit_gradients
 from edgetune.bundle import (
     FORMAT_VERSION,
+    MANIFEST,
     Bundle,
     GraphSpec,
     LayerSpec,
@@ -86,8 +86,8 @@ def export_bundle(
     """
     options.check()
     target = Path(output)
-    if target.exists() and not (target.is_dir() and ((target / "manifest.json").exists() or not any(target.iterdir()))):
-        raise UsageError(f"'{target}' exists and is not a bundle; choose another place for the output")
+    if target.exists():
+        _check_replaceable(target)
     name = source if isinstance(source, str) else type(source).__name__
     model = load_source(source) if isinstance(source, str) else source
     graph = canonicalise(capture(model, input_shape))
@@ -97,9 +97,20 @@ def export_bundle(
         root.mkdir()
         write_manifest(root, _write_all(root, graph, options, name))
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(Path(scratch) / "old")  # goes with the scratch directory, once the new one is in its place
         root.rename(target)
     return Bundle.open(target)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Raise UsageError unless ``target`` is an empty directory, or a bundle and nothing else."""
+    if not target.is_dir() or (any(target.iterdir()) and not (target / MANIFEST).is_file()):
+        raise UsageError(f"'{target}' exists and is not a bundle; choose another place for the output")
+    if any(target.iterdir()):
+        own = {MANIFEST, *Bundle.open(target, verify=False).manifest.files}
+        foreign = sorted(path.name for path in target.iterdir() if path.name not in own)
+        if foreign:
+            raise UsageError(f"'{target}' holds more than a bundle ({', '.join(foreign[:5])}); choose another place")
 
 
 def _write_all(root: Path, graph: ForwardGraph, options: ExportOptions, name: str) -> Manifest:

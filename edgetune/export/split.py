@@ -39,7 +39,7 @@ class Split:
 def weight_layers(graph: ForwardGraph) -> list[WeightLayer]:
     """Return all weight layers in execution order; each is named after its weight."""
     readers = graph.consumers()
-    found = []
+    found: list[WeightLayer] = []
     for node in graph.nodes:
         if node.op not in WEIGHT_OPS or node.input(1) not in graph.constants:
             continue
@@ -53,6 +53,8 @@ def weight_layers(graph: ForwardGraph) -> list[WeightLayer]:
             bias = vectors[0] if vectors else None
         weight = node.inputs[1]
         name = weight.removesuffix(".weight") if weight.endswith(".weight") else weight
+        if name in {layer.name for layer in found}:
+            name = f"{name}@{node.name}"  # a weight that two layers share
         found.append(WeightLayer(name, node.name, WEIGHT_OPS[node.op], weight, bias))
     return found
 
@@ -99,6 +101,9 @@ def replace_head(graph: ForwardGraph, classes: int, seed: int = 0) -> None:
         graph.shapes[head.bias] = (classes,)
     position = graph.nodes.index(node)
     for later in graph.nodes[position:]:
+        if later.op == "Reshape" and later.input(1) in graph.constants:
+            target = graph.constants[later.inputs[1]]
+            graph.constants[later.inputs[1]] = np.where(target == old, classes, target)
         for name in later.outputs:
             extents = graph.shapes[name]
             if old not in extents:

@@ -13,7 +13,7 @@ from edgetune.errors import UnsupportedOperatorError
 
 # Reshape, Flatten, Squeeze, Unsqueeze: dX = dY in the shape of X
 def _reshape(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
-    target = [-1 if extent == 0 else extent for extent in ctx.graph.shapes[node.inputs[0]]]
+    target = [-1 if extent <= 0 else extent for extent in ctx.graph.shapes[node.inputs[0]]]
     return {0: ctx.g.op("Reshape", dy, ctx.g.const(target), hint="dx")}
 
 
