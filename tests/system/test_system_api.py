@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import edgetune
 from edgetune.agent import baseline
-from edgetune.errors import BudgetError
+from edgetune.errors import BudgetError, UsageError
 from edgetune.planning.plan import Plan
 from edgetune.units import MIB
 from tests.engines.workshop import CODECS, LARGE, ROOT, bundle_of, samples
@@ -82,8 +82,22 @@ def test_importing_the_package_imports_no_runtime_and_no_host_library() -> None:
 
 @pytest.fixture
 def fixed_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What this process takes depends on the tests before; what is planned here must not."""
-    monkeypatch.setattr(baseline, "measure_runtime", lambda bundle, engine="auto": RUNTIME_BYTES)
+    """What a process takes differs from one to the next; what is planned here must not."""
+    for name in ("measure_runtime", "measure_runtime_apart"):
+        monkeypatch.setattr(baseline, name, lambda bundle, engine="auto": RUNTIME_BYTES)
+
+
+def test_the_runtime_is_measured_in_a_process_without_the_host() -> None:
+    bundle = bundle_of("hosvd")
+    apart_bytes = baseline.measure_runtime_apart(bundle)
+    # This process holds torch; a device's does not.
+    assert "torch" in sys.modules
+    assert 30 * MIB < apart_bytes < baseline.measure_runtime(bundle) - 50 * MIB
+
+
+def test_a_budget_without_calibration_is_refused_where_ranks_depend_on_data() -> None:
+    with pytest.raises(UsageError, match="calibrat"):
+        edgetune.plan(bundle_of("hosvd"), batch=8, budget="1GiB")
 
 
 @pytest.mark.usefixtures("fixed_runtime")
