@@ -77,9 +77,22 @@ class ForwardGraph:
             raise ValueError(f"'{tensor}' has the shape {shape}, whose batch axis does not lead")
         return shape[1:]
 
-    def sample_size(self, tensor: str) -> int:
-        """Return the number of elements of ``tensor`` per sample."""
-        return math.prod(self.sample_shape(tensor))
+    def per_sample(self, tensor: str) -> tuple[int, ...]:
+        """Return extents s such that ``tensor`` reshaped to [batch, *s] holds the same elements in the same order.
+
+        Where k times the batch leads (the windows of every image), k comes first; where the batch does not lead, the
+        elements stand in one row, and a row is as many elements as a sample has.
+        """
+        shape = self.shapes[tensor]
+        if shape and shape[0] <= 0 and all(extent > 0 for extent in shape[1:]):
+            return shape[1:] if shape[0] == 0 else (-shape[0], *shape[1:])
+        if all(extent > 0 for extent in shape):
+            raise ValueError(f"'{tensor}' of shape {shape} has no batch axis")
+        return (math.prod(-extent if extent < 0 else max(extent, 1) for extent in shape),)
+
+    def reshape_target(self, tensor: str) -> list[int]:
+        """Return what a Reshape to the shape of ``tensor`` takes: -1 for the axis that grows with the batch."""
+        return [-1 if extent <= 0 else extent for extent in self.shapes[tensor]]
 
 
 def prune(nodes: Iterable[Node], wanted: Iterable[str]) -> list[Node]:

@@ -9,6 +9,7 @@ Knows the builder, the rules and the codecs; knows nothing of files, models or r
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from edgetune.autodiff.rules import rule_for
 from edgetune.codecs import Codec, Dense, Saved, Use
 from edgetune.codecs.base import Encoded
 from edgetune.codecs.sign import Interval, emit_inside, emit_pack, emit_unpack
+from edgetune.errors import UnsupportedOperatorError
 
 BasisInput = tuple[str, str]  # (mode letter, name of the graph input)
 
@@ -70,24 +72,32 @@ class _Memory:
         self._wants: list[tuple[Node, Want]] = []
 
     def add(self, node: Node, want: Want) -> None:
-        if want.tensor not in self.graph.constants:
-            self._wants.append((node, want))
+        if want.tensor in self.graph.constants:
+            return
+        if want.use is Use.SIGN and all(extent > 0 for extent in self.graph.shapes[want.tensor]):
+            want = dataclasses.replace(want, use=Use.VALUE)  # made of parameters alone: nothing that grows
+        self._wants.append((node, want))
 
     def resolve(self) -> None:
         """Decide. A tensor that somebody needs exactly is kept as it is, and serves every other use too."""
         readers: dict[tuple[str, int], list[TrainedLayer]] = {}
+        last: dict[str, bool] = {}
         for node, want in self._wants:
             if want.use is Use.VALUE:
                 self.dense.add(want.tensor)
             elif want.use is Use.WEIGHT_GRAD:
                 layer = self.layers[node.name]
                 readers.setdefault((want.tensor, want.groups), []).append(layer)
+                last[want.tensor] = last.get(want.tensor, False) or want.channels_last
                 if not layer.codec.lossy:
                     self.dense.add(want.tensor)
         for (tensor, groups), layers in readers.items():
             names = tuple(layer.name for layer in layers)
-            saved = Saved(names[0], self.graph.sample_shape(tensor), groups)
-            codec = Dense() if tensor in self.dense or not _compressible(saved) else layers[0].codec
+            saved = Saved(names[0], self.graph.per_sample(tensor), groups, last[tensor])
+            # Where several images per sample pass through a convolution, their count is no mode of its input.
+            batched = last[tensor] or self.graph.shapes[tensor][0] == 0
+            known = batched and _compressible(saved)
+            codec = layers[0].codec if known and tensor not in self.dense else Dense()
             if codec.lossy:
                 bases = tuple((letter, _basis_name(saved, letter)) for letter in codec.letters(saved))
                 self.compressed[tensor, groups] = Slot(tensor, names, codec, saved, bases)
@@ -134,12 +144,15 @@ class _Reverser:
     def mask(self, tensor: str, interval: Interval) -> str:
         if tensor in self.memory.dense:
             return emit_inside(self.g, tensor, interval)
-        shape = self.graph.sample_shape(tensor)
+        shape = self.graph.per_sample(tensor)
 
         def body(g: GraphBuilder, names: Sequence[str]) -> str:
             return emit_unpack(g, names[0], shape)
 
-        return self.function(f"SignUnpack_{_dims(shape)}", [self._masks[tensor, interval]], "inside", body)
+        inside = self.function(f"SignUnpack_{_dims(shape)}", [self._masks[tensor, interval]], "inside", body)
+        if self.graph.shapes[tensor] == (0, *shape):
+            return inside
+        return str(self.g.op("Reshape", inside, self.g.const(self.graph.reshape_target(tensor)), hint="inside"))
 
     def stored(self, tensor: str, groups: int) -> Stored:
         slot = self.memory.compressed.get((tensor, groups)) or self.memory.uncompressed[tensor, groups]
@@ -183,11 +196,16 @@ class _Reverser:
     def _encode(self, slot: Slot) -> Slot:
         letters = [letter for letter, _ in slot.bases]
 
+        by_sample = self.graph.shapes[slot.tensor] == (0, *slot.saved.shape)
+
         def body(g: GraphBuilder, names: Sequence[str]) -> Sequence[str]:
-            encoded = slot.codec.emit_encode(g, names[0], slot.saved, dict(zip(letters, names[1:], strict=True)))
+            x = names[0] if by_sample else g.op("Reshape", names[0], g.const([-1, *slot.saved.shape]), hint="x")
+            encoded = slot.codec.emit_encode(g, x, slot.saved, dict(zip(letters, names[1:], strict=True)))
             return [*encoded.stored, *([encoded.energy] if encoded.energy else [])]
 
-        label = f"{slot.codec.name.capitalize()}Encode_{_dims(slot.saved.shape)}_g{slot.saved.groups}"
+        order = "last" if slot.saved.channels_last else f"g{slot.saved.groups}"
+        source = "" if by_sample else f"_from_{_dims(self.graph.shapes[slot.tensor])}".replace("-", "k")
+        label = f"{slot.codec.name.capitalize()}Encode_{_dims(slot.saved.shape)}_{order}{source}"
         inputs = [slot.tensor, *(name for _, name in slot.bases)]
         made = self.library.call(self.g, label, inputs, ["factor", "core", "energy"], body)
         bases = {letter: name for letter, name in slot.bases if letter != "b"}
@@ -195,10 +213,13 @@ class _Reverser:
         return Slot(slot.tensor, slot.layers, slot.codec, slot.saved, slot.bases, Encoded(made[:-1], bases, made[-1]))
 
     def _pack(self, tensor: str, interval: Interval) -> str:
-        shape = self.graph.sample_shape(tensor)
+        shape = self.graph.per_sample(tensor)
 
         def body(g: GraphBuilder, names: Sequence[str]) -> str:
             return emit_pack(g, names[0], shape, interval)
+
+        if self.graph.shapes[tensor] != (0, *shape):
+            tensor = self.g.op("Reshape", tensor, self.g.const([-1, *shape]), hint="by_sample")
 
         bounds = f"{interval.low:g}_{interval.high:g}".replace("-", "m").replace(".", "p")
         return self.function(f"SignPack_{_dims(shape)}_{bounds}", [tensor], "mask", body)
@@ -250,11 +271,19 @@ def emit_gradients(
     for node in reversed(graph.nodes):
         if node.name not in wrt:
             continue
-        dy = gradients.pop(node.outputs[0], None)
-        if dy is None:
+        dys = [gradients.pop(name, None) for name in node.outputs]
+        if all(dy is None for dy in dys):
             continue
         g.scope = f"grad/{node.name}"
-        made = rules[node.name].backward(reverser, node, wrt[node.name], dy)
+        rule = rules[node.name]
+        if rule.backward_of_many is not None:
+            made = rule.backward_of_many(reverser, node, wrt[node.name], dys)
+        elif dys[0] is not None:
+            made = rule.backward(reverser, node, wrt[node.name], dys[0])
+        else:
+            raise UnsupportedOperatorError(
+                f"the loss depends on another output of {node.op} '{node.name}' than its first, which is not known"
+            )
         for index, gradient in made.items():
             name = node.inputs[index]
             previous = gradients.get(name)

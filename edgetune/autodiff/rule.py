@@ -20,13 +20,14 @@ from edgetune.codecs.sign import POSITIVE, Interval
 class Want:
     """A tensor that a rule needs in the backward pass, and for what.
 
-    ``groups`` matters to WEIGHT_GRAD (the groups of the layer), ``interval`` to SIGN.
+    ``groups`` and ``channels_last`` matter to WEIGHT_GRAD (see ``codecs.base.Saved``), ``interval`` to SIGN.
     """
 
     tensor: str
     use: Use
     groups: int = 1
     interval: Interval = POSITIVE
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -64,24 +65,29 @@ WantRule = Callable[[ForwardGraph, Node, frozenset[int]], Sequence[Want]]
 ForwardRule = Callable[["Context", Node], tuple[str, ...]]
 FunctionBody = Callable[[GraphBuilder, Sequence[str]], str]
 BackwardRule = Callable[["Context", Node, frozenset[int], str], Mapping[int, str]]
+BackwardOfMany = Callable[["Context", Node, frozenset[int], Sequence[str | None]], Mapping[int, str]]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Reverse mode of one operator with one differentiable output.
+    """Reverse mode of one operator.
 
     Attributes:
         wants: (graph, node, inputs that need a gradient) -> what to keep.
-        backward: (context, node, inputs that need a gradient, gradient of the output) -> gradient per input index.
+        backward: (context, node, inputs that need a gradient, gradient of the first output) -> gradient per input
+            index; an input without an entry has none.
         doc: what it keeps, for the table of operators.
         forward: emits the operator itself where the backward pass needs more of it than its output, and returns the
             names of what it keeps; None: the operator is copied as it is.
+        backward_of_many: instead of ``backward`` where several outputs are differentiable: it gets one gradient per
+            output, None for an output that the loss does not depend on.
     """
 
     wants: WantRule
     backward: BackwardRule
     doc: str = ""
     forward: ForwardRule | None = None
+    backward_of_many: BackwardOfMany | None = None
 
 
 def nothing(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:

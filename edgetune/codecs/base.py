@@ -1,7 +1,7 @@
 """What a codec is: how ONE saved activation is stored. Knows numpy; knows neither ONNX nor a runtime.
 
 Legend of index letters, used in every formula of the project: b batch, c in-channel, o out-channel, h,w input position,
-y,x output position, k,l kernel tap, g group, r* rank index of mode *; s stride, d dilation, p padding.
+z depth, y,x output position, k,l kernel tap, g group, r* rank index of mode *; s stride, d dilation, p padding.
 """
 
 from __future__ import annotations
@@ -51,11 +51,16 @@ class Emitter(Protocol):
 
 @dataclass(frozen=True)
 class Saved:
-    """A tensor to be saved: ``shape`` without the batch ([c, h, w] or [c]); ``groups`` of the layer that reads it."""
+    """A tensor to be saved: ``shape`` without the batch; ``groups`` of the layer that reads it.
+
+    Inputs of convolutions have the channels first, [c, w], [c, h, w] or [c, z, h, w]; those of linear layers last,
+    [c], [w, c], [h, w, c] and so on.
+    """
 
     name: str
     shape: tuple[int, ...]
     groups: int = 1
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,8 @@ class Geometry:
             pads_begin=pads[:spatial],
             pads_end=pads[spatial:],
             kernel=tuple(weight[2:]),
-            input=graph.sample_shape(node.inputs[0])[1:],
-            output=graph.sample_shape(node.outputs[0])[1:],
+            input=graph.shapes[node.inputs[0]][2:],
+            output=graph.shapes[node.outputs[0]][2:],
             out_channels=weight[0],
         )
 

@@ -27,7 +27,7 @@ def _wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Wan
     linear = _is_weight(graph, b) and len(graph.shapes[b]) == 2
     wants = []
     if 1 in wrt:
-        wants.append(Want(a, Use.WEIGHT_GRAD if linear else Use.VALUE))
+        wants.append(Want(a, Use.WEIGHT_GRAD if linear else Use.VALUE, channels_last=linear))
     if 0 in wrt and not linear:
         wants.append(Want(b, Use.VALUE))
     return wants

@@ -26,9 +26,9 @@ class Window:
         self.begin, self.end = pads[:spatial], pads[spatial:]
         self.strides = tuple(node.attributes.get("strides", (1,) * spatial))
         self.dilations = tuple(node.attributes.get("dilations", (1,) * spatial))
-        self.channels, *extents = graph.sample_shape(node.inputs[0])
+        self.channels, *extents = graph.shapes[node.inputs[0]][1:]
         self.input = tuple(extents)
-        self.output = graph.sample_shape(node.outputs[0])[1:]
+        self.output = graph.shapes[node.outputs[0]][2:]
 
     def origins(self, axis: int) -> Array:
         """Return where each window begins along ``axis``, shaped to broadcast over the output positions."""
@@ -131,7 +131,7 @@ def _average_backward(ctx: Context, node: Node, wrt: frozenset[int], dy: str) ->
 
 # GlobalAveragePool: dX = dY / (h·w) everywhere
 def _global_average(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
-    extents = ctx.graph.sample_shape(node.inputs[0])[1:]
+    extents = ctx.graph.shapes[node.inputs[0]][2:]
     share = np.full((1, 1, *extents), 1.0 / math.prod(extents), np.float32)
     return {0: ctx.g.op("Mul", dy, ctx.g.const(share), hint="dx")}
 
