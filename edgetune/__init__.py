@@ -24,11 +24,17 @@ def export(
     example_input: Any,
     output: str | Path,
     *,
-    last: int = 4,
+    last: int | str = 4,
+    train: str | None = None,
     codec: str = "hosvd",
-    loss: str = "cross_entropy",
+    loss: Any = "cross_entropy",
     label_smoothing: float = 0.0,
+    class_weights: Sequence[float] = (),
+    ignore_index: int | None = None,
+    example_target: Any = None,
+    outputs: Sequence[str] = (),
     optimizer: str = "sgd",
+    batch_norm: str = "frozen",
     new_head: int | None = None,
     freeze_head: bool = False,
     classes: Sequence[str] = (),
@@ -38,21 +44,45 @@ def export(
     """Write the bundle of ``model`` to the directory ``output`` and return it opened.
 
     Args:
-        model: an ``nn.Module``, an ``onnx.ModelProto``, or a source as text (``file.py:factory``, ``model.onnx``).
-        example_input: a batch of inputs (anything with a ``shape``; the leading axis is the batch), or None for ONNX.
-        last: how many weight layers before the head are trained, counted from the output.
+        model: an ``nn.Module``, a ``torch.export.ExportedProgram``, an ``onnx.ModelProto``, or a source as text
+            (``file.py:factory``, ``model.onnx``, ``model.pt2``).
+        example_input: a batch of inputs (anything with ``shape`` and ``dtype``; the leading axis is the batch), a
+            sequence of them, or a mapping by the names of the inputs; None for ONNX and exported programs.
+        last: how many weight layers before the head are trained, counted from the output; ``"all"``: every parameter.
+        train: a regular expression instead: the parameters whose names it is found in.
         codec: how their inputs are kept for the backward pass (``edgetune.codecs.CODECS``).
+        loss: the name of a loss, or a torch module ``(outputs, targets) -> scalar`` that is traced with the model;
+            ``example_target`` is then a batch of its targets.
+        class_weights: per class, for ``cross_entropy`` (``binary_cross_entropy``: weights of the positive answers).
+        ignore_index: the label that does not count.
+        outputs: names of the outputs to keep, the one for the loss first; by default the usual one.
+        batch_norm: ``frozen`` (its statistics are constants), or ``trained`` (statistics of the batch, γ and β learn).
 
     Raises:
         EdgeTuneError: one of its kinds; nothing is left behind in ``output``.
     """
     from edgetune.export.bundling import ExportOptions, export_bundle
+    from edgetune.export.source import Signature, signatures_of
 
     options = ExportOptions(
-        last, codec, loss, label_smoothing, optimizer, new_head, freeze_head, tuple(classes), tuple(mean), tuple(std)
+        last=last,
+        train=train,
+        codec=codec,
+        loss=loss,
+        label_smoothing=label_smoothing,
+        class_weights=tuple(class_weights),
+        ignore_index=ignore_index,
+        target=None if example_target is None else Signature.of(example_target),
+        outputs=tuple(outputs),
+        optimizer=optimizer,
+        batch_norm=batch_norm,
+        new_head=new_head,
+        freeze_head=freeze_head,
+        classes=tuple(classes),
+        mean=tuple(mean),
+        std=tuple(std),
     )
-    shape = None if example_input is None else tuple(int(extent) for extent in example_input.shape[1:])
-    return export_bundle(model, output, options, shape)
+    return export_bundle(model, output, options, signatures_of(example_input))
 
 
 def open_bundle(path: str | Path) -> Bundle:

@@ -10,7 +10,7 @@ A bundle is a directory of plain files::
     train.flat.onnx       the same with every function inlined, in the order in which it must be executed
     calibrate.onnx        features, parameters -> Gram matrices of every tensor that will be compressed
     update.onnx           parameters, gradients, optimizer state -> new parameters, new state
-    predict.onnx          features, parameters -> logits
+    predict.onnx          features, parameters -> the model's outputs
 
 This module may know numpy, safetensors and the errors; it must not know onnx, a runtime, or how a graph was made.
 """
@@ -33,7 +33,9 @@ from safetensors import safe_open
 
 from edgetune.errors import BundleError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+TRACED = "traced"
+"""Kind of a loss that the user gave with the model."""
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.safetensors"
 
@@ -48,7 +50,7 @@ class TensorUse:
         shape: one expression per axis: a product of integers and symbols joined by ``*``, such as ``"7"``,
             ``"batch"`` or ``"4*batch*rank.conv1.c"`` (see ``planning.sizes``).
         dtype: numpy name of the element type.
-        kind: ``feature`` | ``target`` | ``parameter`` | ``basis`` | ``state`` | ``scalar`` (graph inputs),
+        kind: ``feature`` | ``target`` | ``parameter`` | ``buffer`` | ``basis`` | ``state`` | ``scalar`` (graph inputs),
             ``constant`` (weights in the graph), ``gradient`` | ``output`` (graph outputs), ``saved`` (kept by the
             forward pass for the backward pass), ``transient``.
         first: index of the node that allocates it; -1 for what exists before the graph runs.
@@ -203,10 +205,11 @@ class PreprocessSpec:
 
 @dataclass(frozen=True)
 class LossSpec:
-    """``kind`` is ``cross_entropy``: softmax cross-entropy, averaged over the batch, with label smoothing."""
+    """``kind`` is a loss that the exporter knows, or ``traced``: one that the user gave with the model. ``config`` are
+    its settings (label smoothing, class weights, ...), as far as they differ from their defaults."""
 
     kind: str = "cross_entropy"
-    label_smoothing: float = 0.0
+    config: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -221,7 +224,15 @@ class OptimizerSpec:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a device needs to know of a bundle beyond its weights."""
+    """All that a device needs to know of a bundle beyond its weights.
+
+    Attributes:
+        outputs: what the predict graph returns; the loss is computed from the first.
+        targets: what the train graph compares the outputs with.
+        classes: their names, where the model is a classifier; else empty.
+        buffers: what a training step changes besides the parameters (the running statistics of trained batch-norm);
+            shapes without a batch. The train graph reads ``<name>`` and returns ``new/<name>``.
+    """
 
     format_version: int
     model: str
@@ -229,7 +240,8 @@ class Manifest:
     opset: int
     inputs: tuple[TensorSpec, ...]
     features: tuple[TensorSpec, ...]
-    logits: TensorSpec
+    outputs: tuple[TensorSpec, ...]
+    targets: TensorSpec
     classes: tuple[str, ...]
     preprocess: PreprocessSpec
     loss: LossSpec
@@ -239,7 +251,13 @@ class Manifest:
     saved: tuple[SavedSpec, ...]
     parameters: tuple[ParameterSpec, ...]
     graphs: Mapping[str, GraphSpec]
+    buffers: tuple[TensorSpec, ...] = ()
     files: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether a sample's target is one of ``classes``."""
+        return bool(self.classes) and not self.targets.shape
 
     def to_json(self) -> str:
         """Return the manifest as JSON text; :meth:`from_json` reads it back equal."""
@@ -367,8 +385,11 @@ class Bundle:
 
     def initial_parameters(self) -> dict[str, Array]:
         """Return copies of the exported values of all trained tensors, keyed by the model's own names."""
-        wanted = [spec.name for spec in self.manifest.parameters]
-        return dict(self._read(wanted))
+        return dict(self._read([spec.name for spec in self.manifest.parameters]))
+
+    def initial_buffers(self) -> dict[str, Array]:
+        """Return copies of the exported values of all buffers."""
+        return dict(self._read([spec.name for spec in self.manifest.buffers]))
 
     def _read(self, names: list[str]) -> Iterator[tuple[str, Array]]:
         with safe_open(self.path / WEIGHTS, framework="numpy") as stream:

@@ -50,7 +50,7 @@ def prepare(args: argparse.Namespace, codec: str, folder: Path) -> None:
     model = getattr(models, args.model)()
     x = photographs(args.batch, args.side, args.seed)
     bundle = edgetune.export(model, x, folder / "bundle", last=args.last, codec=codec)
-    y = np.random.default_rng(args.seed).integers(0, bundle.manifest.logits.shape[0], args.batch)
+    y = np.random.default_rng(args.seed).integers(0, len(bundle.manifest.classes), args.batch)
     plan = edgetune.plan(bundle, batch=args.batch, epsilon=args.epsilon, calibration=[(x, y)])
     session = edgetune.TrainingSession(bundle, plan, verify=False)
     features = session.features(x)

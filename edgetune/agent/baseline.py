@@ -25,10 +25,11 @@ def measure_runtime(bundle: Bundle, engine: str = "auto") -> int:
     """
     plan = make_plan(bundle.manifest, batch=1, calibration=None, epsilon=1.0, runtime_bytes=0)
     session = TrainingSession(bundle, plan, engine=engine)  # verified, as the agent's own session is
-    features = list(session.features(np.zeros((1, *bundle.manifest.inputs[0].shape), np.float32)))
+    specs, targets = bundle.manifest.inputs, bundle.manifest.targets
+    features = list(session.features({spec.name: np.zeros((1, *spec.shape), spec.dtype) for spec in specs}))
     session.predict_features(features)
     calibrate(session, bundle.manifest, [tuple(features)])
-    session.step_features(features, np.zeros(1, np.int64))
+    session.step_features(features, np.zeros((1, *targets.shape), targets.dtype))
     counted = ("weights", "parameters", "optimizer", "bases")
     return max(0, resident_bytes() - sum(plan.ledger[line] for line in counted))
 

@@ -34,6 +34,12 @@ class Decoder:
     def __init__(self, manifest: Manifest) -> None:
         if len(manifest.inputs) != 1:
             raise BundleError(f"a folder gives one input per sample; this bundle has {len(manifest.inputs)}")
+        if not manifest.classifies:
+            raise BundleError(
+                f"a folder gives one label per sample; this bundle's targets have the shape "
+                f"{list(manifest.targets.shape)} and its loss is {manifest.loss.kind}; train it through "
+                "edgetune.TrainingSession"
+            )
         self.shape = manifest.inputs[0].shape
         self.color = manifest.preprocess.color
         if self.color == "none":

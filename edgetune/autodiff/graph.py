@@ -49,17 +49,31 @@ class ForwardGraph:
     """A model as a list of nodes in execution order.
 
     Attributes:
+        outputs: the one that the loss is computed from comes first; ``output_names`` are the model's names for them.
         constants: weights and other constants by name.
-        shapes: per tensor its extents; the batch axis holds 0 (its true extent is the batch), constants their own.
+        shapes: per tensor its extents; the batch axis holds 0 (its true extent is the batch) or -k (k times the batch),
+            constants their own.
         dtypes: ONNX element types.
+        parameters: names of the constants that may be trained.
+        targets: the inputs that only a traced loss reads.
+        loss: the scalar that a traced loss makes; it is no output of the model.
     """
 
     nodes: list[Node]
     inputs: tuple[str, ...]
-    output: str
+    outputs: tuple[str, ...]
     constants: dict[str, Array]
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, int] = field(default_factory=dict)
+    parameters: frozenset[str] = frozenset()
+    targets: tuple[str, ...] = ()
+    loss: str | None = None
+    output_names: tuple[str, ...] = ()
+
+    @property
+    def wanted(self) -> tuple[str, ...]:
+        """All that the graph is for: the outputs, and the traced loss."""
+        return self.outputs if self.loss is None else (*self.outputs, self.loss)
 
     def consumers(self) -> dict[str, list[Node]]:
         """Return, per tensor, the nodes that read it, in order."""

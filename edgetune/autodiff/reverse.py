@@ -14,15 +14,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from edgetune.autodiff.builder import FunctionLibrary, GraphBuilder
-from edgetune.autodiff.graph import ForwardGraph, Node
-from edgetune.autodiff.loss import loss_named
+from edgetune.autodiff.graph import ForwardGraph, Node, prune
+from edgetune.autodiff.losses import EmittedLoss, Loss
 from edgetune.autodiff.lowering import emit_node
 from edgetune.autodiff.rule import FunctionBody, Rule, Stored, Want
 from edgetune.autodiff.rules import rule_for
 from edgetune.codecs import Codec, Dense, Saved, Use
 from edgetune.codecs.base import Encoded
 from edgetune.codecs.sign import Interval, emit_inside, emit_pack, emit_unpack
-from edgetune.errors import UnsupportedOperatorError
+from edgetune.errors import ExportError, UnsupportedOperatorError, choices
 
 BasisInput = tuple[str, str]  # (mode letter, name of the graph input)
 
@@ -44,7 +44,7 @@ class Gradients:
     """What reverse mode emitted: graph inputs beyond the forward graph's own, and the outputs."""
 
     loss: str
-    correct: str
+    correct: str | None
     parameters: dict[str, str]
     slots: list[Slot]
     kept: list[str]
@@ -236,20 +236,22 @@ def emit_gradients(
     layers: Mapping[str, TrainedLayer],
     parameters: Sequence[str],
     targets: str,
-    loss: str,
-    label_smoothing: float,
+    loss: Loss | None,
 ) -> Gradients:
     """Emit forward pass, loss and backward pass of ``graph`` into ``g``.
 
     Args:
         graph: the tail; its inputs are features, ``parameters`` are names in ``graph.shapes`` that it reads.
         layers: per name of a trained Conv/Gemm/MatMul node, its layer and the codec of its input.
-        targets: name of the graph input with the labels (int64 [b]).
+        targets: name of the graph input that the first output is compared with.
+        loss: how; None where the graph makes its loss itself (``graph.loss``).
 
     Raises:
         UnsupportedOperatorError: an operator between a parameter and the loss has no rule.
+        ExportError: the loss does not depend on a parameter.
     """
-    emitter = loss_named(loss)
+    goal = graph.outputs[0] if graph.loss is None else graph.loss
+    graph = dataclasses.replace(graph, nodes=prune(graph.nodes, [goal]))
     active = set(parameters)
     wrt: dict[str, frozenset[int]] = {}
     rules: dict[str, Rule] = {}
@@ -266,8 +268,11 @@ def emit_gradients(
     reverser.memory.resolve()
     reverser.forward(rules)
     g.scope = "loss"
-    emitted = emitter(g, library, graph.output, targets, graph.shapes[graph.output][-1], label_smoothing)
-    gradients = {graph.output: emitted.gradient}
+    if loss is None:
+        emitted = EmittedLoss(goal, g.const(1.0), None)
+    else:
+        emitted = loss.emit(g, library, goal, graph.sample_shape(goal), targets)
+    gradients = {goal: emitted.gradient}
     for node in reversed(graph.nodes):
         if node.name not in wrt:
             continue
@@ -290,9 +295,9 @@ def emit_gradients(
             gradients[name] = gradient if previous is None else g.op("Add", previous, gradient, hint="sum")
     missing = [name for name in parameters if name not in gradients]
     if missing:
-        raise ValueError(f"no path leads from the loss to {missing}")
+        raise ExportError(f"{choices(missing)}: trained, but no gradient reaches it; choose other layers")
     memory = reverser.memory
     slots = [*memory.compressed.values(), *memory.uncompressed.values()]
     kept = sorted(memory.dense - set(graph.inputs)) + reverser.kept_names
-    ends = (emitted.loss, emitted.gradient, emitted.correct)
+    ends = tuple(name for name in (emitted.loss, emitted.gradient, emitted.correct) if name is not None)
     return Gradients(emitted.loss, emitted.correct, {name: gradients[name] for name in parameters}, slots, kept, ends)

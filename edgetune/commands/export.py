@@ -9,20 +9,51 @@ import typer
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="package.module:factory, file.py:factory, or model.onnx.")],
+    source: Annotated[
+        str, typer.Argument(help="package.module:factory, file.py:factory, model.onnx, or model.pt2 (torch.export).")
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="The bundle: a directory to write.")],
-    shape: Annotated[
-        str | None, typer.Option("--input", help="Shape of one sample, such as 3,224,224 (torch models).")
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            help="[NAME=]SHAPE[:DTYPE] of one sample, such as 3,224,224 or ids=16:int64; once per input.",
+        ),
     ] = None,
-    last: Annotated[int, typer.Option("--last", help="Weight layers to train, counted back from the head.")] = 4,
+    outputs: Annotated[
+        list[str] | None, typer.Option("--output-name", help="Outputs to keep, the one for the loss first.")
+    ] = None,
+    last: Annotated[
+        str, typer.Option("--last", help="Weight layers to train, counted back from the head; or 'all'.")
+    ] = "4",
+    train: Annotated[
+        str | None, typer.Option("--train", help="Instead: train the parameters whose names this regex matches.")
+    ] = None,
+    freeze_head: Annotated[bool, typer.Option("--freeze-head", help="Do not train the classifier.")] = False,
+    batch_norm: Annotated[
+        str, typer.Option("--batch-norm", help="frozen, or trained (statistics of the batch in the trained part).")
+    ] = "frozen",
     codec: Annotated[str, typer.Option("--codec", help="How inputs are kept: dense, hosvd or svd.")] = "hosvd",
-    loss: Annotated[str, typer.Option("--loss", help="cross_entropy.")] = "cross_entropy",
+    loss: Annotated[
+        str,
+        typer.Option(
+            "--loss",
+            help="cross_entropy, binary_cross_entropy, mse, dice, or file.py:factory: (outputs, targets) -> scalar.",
+        ),
+    ] = "cross_entropy",
+    target: Annotated[
+        str | None,
+        typer.Option("--target-shape", help="SHAPE[:DTYPE] of one target of a loss of your own; ':int64' for a label."),
+    ] = None,
     label_smoothing: Annotated[float, typer.Option("--label-smoothing", help="In [0, 1).")] = 0.0,
+    class_weights: Annotated[
+        str | None, typer.Option("--class-weights", help="One per class, separated by commas.")
+    ] = None,
+    ignore_index: Annotated[int | None, typer.Option("--ignore-index", help="The label that does not count.")] = None,
     optimizer: Annotated[str, typer.Option("--optimizer", help="sgd or adamw.")] = "sgd",
     new_head: Annotated[
         int | None, typer.Option("--new-head", help="Replace the classifier by a fresh one with this many classes.")
     ] = None,
-    freeze_head: Annotated[bool, typer.Option("--freeze-head", help="Do not train the classifier.")] = False,
     classes: Annotated[
         str | None, typer.Option("--classes", help="Class names in the order of the outputs, separated by commas.")
     ] = None,
@@ -32,16 +63,23 @@ def export(
     """Turn a trained model into a bundle that a device can keep training."""
     from rich.console import Console
 
-    from edgetune.commands._numbers import floats, integers
+    from edgetune.commands._numbers import floats
     from edgetune.export.bundling import ExportOptions, export_bundle
+    from edgetune.export.source import Signature
     from edgetune.units import format_bytes
 
     options = ExportOptions(
-        last=last,
+        last=int(last) if last.lstrip("-").isdigit() else last,
+        train=train,
         codec=codec,
         loss=loss,
         label_smoothing=label_smoothing,
+        class_weights=floats(class_weights, "--class-weights"),
+        ignore_index=ignore_index,
+        target=None if target is None else Signature.parse(target),
+        outputs=tuple(outputs or ()),
         optimizer=optimizer,
+        batch_norm=batch_norm,
         new_head=new_head,
         freeze_head=freeze_head,
         classes=tuple(name.strip() for name in classes.split(",")) if classes else (),
@@ -49,7 +87,8 @@ def export(
         std=floats(std, "--std"),
     )
     with Console(stderr=True).status("capturing, splitting, differentiating"):
-        bundle = export_bundle(source, output, options, integers(shape, "--input") or None)
+        bundle = export_bundle(source, output, options, [Signature.parse(text) for text in inputs or ()])
     layers = ", ".join(layer.name for layer in bundle.manifest.layers)
     size_bytes = sum(file.stat().st_size for file in bundle.path.iterdir())
-    print(f"{bundle.path}: {format_bytes(size_bytes)}; trained: {layers}")
+    method = bundle.manifest.made_by.partition("(")[2].rstrip(")")
+    print(f"{bundle.path}: {format_bytes(size_bytes)}, captured by {method}; trained: {layers}")

@@ -9,27 +9,31 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
-from edgetune.bundle import Array, Bundle
+from edgetune.bundle import TRACED, Array, Bundle
 from edgetune.engines.runtime import Handle, Runtime
 from edgetune.errors import DataError, EngineError, UsageError, choices
 from edgetune.planning.plan import Plan
 
 ENGINES = ("auto", "onnxruntime")
+Inputs: TypeAlias = "Array | Mapping[str, Array]"
+"""An array [b, ...] for a model with one input, or arrays by the names of the inputs."""
 
 
 @dataclass(frozen=True)
 class StepReport:
     """What one step did. ``energy`` is the captured energy per lossily saved tensor; ``seconds`` are per phase.
 
+    ``correct`` is the number of right answers, None where the model does not classify whole samples.
     ``applied`` is False where the loss was not finite: parameters and optimizer state are then as before the step.
     Where ``gradient_norm`` is not finite although the loss was, the step has been applied: go back to a stored state.
     """
 
     loss: float
-    correct: int
+    correct: int | None
     samples: int
     energy: dict[str, float]
     gradient_norm: float
@@ -90,6 +94,7 @@ class TrainingSession:
         self._report: StepReport | None = None
         # Copies, because the update writes into these buffers.
         self._parameters = {n: self._runtime.put(v) for n, v in bundle.initial_parameters().items()}
+        self._buffers = {n: self._runtime.put(v) for n, v in bundle.initial_buffers().items()}
         self._slots = {
             # full, not zeros: memory that the budget counts should be there from the start, not page by page
             f"{slot}/{spec.name}": self._runtime.put(np.full(spec.shape, 0.0, np.float32))
@@ -148,9 +153,9 @@ class TrainingSession:
         return self._bases | {name: self._runtime.put(sketch) for name, sketch in sketches.items()}
 
     def _verify(self) -> None:
-        feeds = {f.name: self._runtime.put(np.zeros((1, *f.shape), np.float32)) for f in self._manifest.features}
-        feeds["targets"] = self._runtime.put(np.zeros(1, np.int64))
-        self._runtime.verify_order("train", feeds | self._parameters | self._basis_feeds(1))
+        specs = [*self._manifest.features, self._manifest.targets]
+        feeds = {spec.name: self._runtime.put(np.zeros((1, *spec.shape), spec.dtype)) for spec in specs}
+        self._runtime.verify_order("train", feeds | self._state_feeds() | self._basis_feeds(1))
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -161,31 +166,35 @@ class TrainingSession:
             raise EngineError("there is no report before the first step")
         return self._report
 
-    def features(self, x: Array) -> tuple[Array, ...]:
-        """Return the trunk's outputs for ``x`` [b, *input], each [b, ...]; ``plan.micro_batch`` samples at once."""
-        self._check_inputs(x)
+    def features(self, x: Inputs) -> tuple[Array, ...]:
+        """Return the trunk's outputs for ``x``, each [b, ...]; ``plan.micro_batch`` samples at once.
+
+        ``x`` is an array [b, *input], or a mapping from the names of the inputs to such arrays.
+        """
+        inputs = self._checked_inputs(x)
+        samples = len(next(iter(inputs.values())))
         if "trunk" not in self._manifest.graphs:
-            return (np.ascontiguousarray(x, np.float32),)
+            return tuple(inputs[f.name] for f in self._manifest.features)
         spec = self._manifest.graphs["trunk"]
-        source = self._manifest.inputs[0].name
-        result = {f.name: np.empty((len(x), *f.shape), np.float32) for f in self._manifest.features}
-        for start in range(0, len(x), self._plan.micro_batch):
-            piece = np.ascontiguousarray(x[start : start + self._plan.micro_batch], np.float32)
-            made = self._runtime.run("trunk", {source: self._runtime.put(piece)}, spec.outputs)
+        result = {f.name: np.empty((samples, *f.shape), f.dtype) for f in self._manifest.features}
+        for start in range(0, samples, self._plan.micro_batch):
+            piece = {name: array[start : start + self._plan.micro_batch] for name, array in inputs.items()}
+            feeds = {name: self._runtime.put(np.ascontiguousarray(array)) for name, array in piece.items()}
+            made = self._runtime.run("trunk", feeds, spec.outputs)
             for name, handle in made.items():
-                result[name][start : start + len(piece)] = self._runtime.get(handle)
-            if source in result:
-                result[source][start : start + len(piece)] = piece
+                result[name][start : start + self._plan.micro_batch] = self._runtime.get(handle)
+            for name in result.keys() & piece.keys():  # a feature that is an input itself
+                result[name][start : start + self._plan.micro_batch] = piece[name]
         return tuple(result[f.name] for f in self._manifest.features)
 
-    def gradients(self, x: Array, y: Array) -> tuple[float, dict[str, Array]]:
+    def gradients(self, x: Inputs, y: Array) -> tuple[float, dict[str, Array]]:
         """Return the loss and its gradient per trained tensor, under the model's own names; nothing is updated."""
-        scalars, gradients = self._train(list(self.features(x)), y)
+        scalars, gradients, _ = self._train(list(self.features(x)), y)
         names = [spec.name for spec in self._manifest.parameters]
         return scalars["loss"], {n: np.array(self._runtime.get(gradients[f"gradient/{n}"])) for n in names}
 
-    def step(self, x: Array, y: Array) -> float:
-        """Do one optimizer update on the batch ``x`` [b, *input], ``y`` int64 [b]; return the loss."""
+    def step(self, x: Inputs, y: Array) -> float:
+        """Do one optimizer update on the batch ``x`` (see :meth:`features`), ``y`` [b, *target]; return the loss."""
         begin = time.perf_counter()
         features = list(self.features(x))
         return self._step_features(features, y, {"trunk": time.perf_counter() - begin})
@@ -200,31 +209,45 @@ class TrainingSession:
 
     def _step_features(self, features: Sequence[Array], y: Array, seconds: dict[str, float]) -> float:
         begin = time.perf_counter()
-        scalars, gradients = self._train(features, y)
+        scalars, gradients, buffers = self._train(features, y)
         loss = scalars["loss"]
         energy = {s.name: scalars[s.energy] for s in self._manifest.saved if s.energy is not None}
         seconds["train"] = time.perf_counter() - begin
         begin = time.perf_counter()
         finite = math.isfinite(loss)
         norm = self._update(gradients) if finite else math.nan
+        if finite:
+            self._buffers |= buffers
         seconds["update"] = time.perf_counter() - begin
         gradients.clear()
         self._runtime.settle()
-        self._report = StepReport(loss, round(scalars["correct"]), len(y), energy, norm, seconds, finite)
+        self._report = StepReport(loss, self._correct(scalars), len(y), energy, norm, seconds, finite)
         return loss
 
-    def _train(self, features: Sequence[Array], y: Array) -> tuple[dict[str, float], dict[str, Handle]]:
-        """Run the train graph; return its scalars (loss, correct, energies) and the gradients' handles by output name.
+    @staticmethod
+    def _correct(scalars: Mapping[str, float]) -> int | None:
+        return round(scalars["correct"]) if "correct" in scalars else None
+
+    def _state_feeds(self) -> dict[str, Handle]:
+        """Return what a forward pass reads besides the features."""
+        return self._parameters | self._buffers
+
+    def _train(
+        self, features: Sequence[Array], y: Array
+    ) -> tuple[dict[str, float], dict[str, Handle], dict[str, Handle]]:
+        """Run the train graph; return its scalars (loss, correct, energies), the gradients' handles by output name, and
+        the new buffers by name.
 
         Scalars are read at once: a handle may keep all that was bound in the same run.
         """
-        self._check_targets(features, y)
+        y = self._checked_targets(features, y)
         feeds = {f.name: self._runtime.put(v) for f, v in zip(self._manifest.features, features, strict=True)}
-        feeds["targets"] = self._runtime.put(np.ascontiguousarray(y, np.int64))
-        feeds |= self._parameters | self._basis_feeds(len(y))
+        feeds[self._manifest.targets.name] = self._runtime.put(y)
+        feeds |= self._state_feeds() | self._basis_feeds(len(y))
         graph = self._manifest.graphs["train"]
         scalars: dict[str, float] = {}
         gradients: dict[str, Handle] = {}
+        buffers: dict[str, Handle] = {}
         for index, stage in enumerate(graph.run_stages()):
             if index:
                 for spec in self._manifest.features:
@@ -235,10 +258,12 @@ class TrainingSession:
             for name in graph.outputs:
                 if name in made and name.startswith("gradient/"):
                     gradients[name] = made[name]
+                elif name in made and name.startswith("new/"):
+                    buffers[name.removeprefix("new/")] = made[name]
                 elif name in made:
                     scalars[name] = float(self._runtime.get(made[name]))
             feeds |= made
-        return scalars, gradients
+        return scalars, gradients, buffers
 
     def _update(self, gradients: Mapping[str, Handle]) -> float:
         """Run update.onnx; every new value is written over the old one, which nothing reads any more by then."""
@@ -252,18 +277,27 @@ class TrainingSession:
         feeds |= {name: self._runtime.put(np.array(value, np.float32)) for name, value in hyper.items()}
         return float(self._runtime.get(self._runtime.run("update", feeds, spec.outputs, into)["gradient_norm"]))
 
-    def predict(self, x: Array) -> Array:
-        """Return the logits [b, classes] of ``x`` with the present parameters."""
-        self._check_inputs(x)
-        pieces = range(0, len(x), self._plan.micro_batch)
-        made = [self.predict_features(self.features(x[i : i + self._plan.micro_batch])) for i in pieces]
-        return np.concatenate(made)
+    def predict(self, x: Inputs) -> Array:
+        """Return the model's first output [b, ...] for ``x`` (see :meth:`features`) with the present parameters."""
+        return self.outputs(x)[self._manifest.outputs[0].name]
+
+    def outputs(self, x: Inputs) -> dict[str, Array]:
+        """Return all outputs of the model for ``x``, each [b, ...], by their names."""
+        inputs = self._checked_inputs(x)
+        samples, size = len(next(iter(inputs.values()))), self._plan.micro_batch
+        pieces = ({n: a[i : i + size] for n, a in inputs.items()} for i in range(0, samples, size))
+        made = [self._outputs_from(self.features(piece)) for piece in pieces]
+        return {spec.name: np.concatenate([part[spec.name] for part in made]) for spec in self._manifest.outputs}
 
     def predict_features(self, features: Sequence[Array]) -> Array:
-        """Return the logits [b, classes] from the trunk's outputs."""
+        """Return the model's first output [b, ...] from the trunk's outputs."""
+        return self._outputs_from(features)[self._manifest.outputs[0].name]
+
+    def _outputs_from(self, features: Sequence[Array]) -> dict[str, Array]:
         feeds = {f.name: self._runtime.put(v) for f, v in zip(self._manifest.features, features, strict=True)}
-        made = self._runtime.run("predict", feeds | self._parameters, ("logits",))
-        return np.array(self._runtime.get(made["logits"]))
+        wanted = {f"output/{spec.name}": spec.name for spec in self._manifest.outputs}
+        made = self._runtime.run("predict", feeds | self._state_feeds(), tuple(wanted))
+        return {wanted[name]: np.array(self._runtime.get(handle)) for name, handle in made.items()}
 
     def grams(self, features: Sequence[Array]) -> dict[str, dict[str, Array]]:
         """Return the Gram matrix [groups, n, n] of every mode of every compressed tensor; empty if there is none."""
@@ -271,7 +305,7 @@ class TrainingSession:
         if result:
             feeds = {f.name: self._runtime.put(v) for f, v in zip(self._manifest.features, features, strict=True)}
             outputs = self._manifest.graphs["calibrate"].outputs
-            for name, handle in self._runtime.run("calibrate", feeds | self._parameters, outputs).items():
+            for name, handle in self._runtime.run("calibrate", feeds | self._state_feeds(), outputs).items():
                 saved, letter = name.removeprefix("gram/").rsplit("/", 1)
                 result[saved][letter] = np.array(self._runtime.get(handle))
         return result
@@ -285,7 +319,8 @@ class TrainingSession:
     def state(self) -> dict[str, Array]:
         """Return copies of all that a later session needs to continue bit for bit."""
         slots = {f"optimizer/{name}": np.array(self._runtime.get(handle)) for name, handle in self._slots.items()}
-        return self.parameters() | slots | {"step": np.array(self._step, np.int64)}
+        buffers = {f"buffer/{name}": np.array(self._runtime.get(handle)) for name, handle in self._buffers.items()}
+        return self.parameters() | slots | buffers | {"step": np.array(self._step, np.int64)}
 
     def load_state(self, state: Mapping[str, Array]) -> None:
         """Continue from ``state``.
@@ -293,29 +328,38 @@ class TrainingSession:
         Raises:
             EngineError: a tensor is missing, or of another shape.
         """
-        expected = dict.fromkeys(self._parameters, self._parameters)
-        expected |= {f"optimizer/{name}": self._slots for name in self._slots}
-        for name, table in expected.items():
-            key = name.removeprefix("optimizer/") if table is self._slots else name
+        places = {name: (self._parameters, name) for name in self._parameters}
+        places |= {f"optimizer/{name}": (self._slots, name) for name in self._slots}
+        places |= {f"buffer/{name}": (self._buffers, name) for name in self._buffers}
+        for name, (table, key) in places.items():
             present = self._runtime.get(table[key]).shape
             if name not in state or state[name].shape != present:
                 raise EngineError(f"the state does not fit this bundle: '{name}' should have the shape {present}")
         if "step" not in state:
             raise EngineError("the state does not fit this bundle: it has no 'step'")
-        for name, table in expected.items():
-            key = name.removeprefix("optimizer/") if table is self._slots else name
+        for name, (table, key) in places.items():
             table[key] = self._runtime.put(np.array(state[name], np.float32))
         self._step = int(state["step"])
 
     # -- checks ---------------------------------------------------------------------------------------------------
 
-    def _check_inputs(self, x: Array) -> None:
-        expected = self._manifest.inputs[0].shape
-        if x.ndim != 1 + len(expected) or tuple(x.shape[1:]) != expected or not len(x):
-            raise DataError(f"expected inputs [batch, {', '.join(map(str, expected))}], found {list(x.shape)}")
+    def _checked_inputs(self, x: Inputs) -> dict[str, Array]:
+        """Return the inputs by name, each contiguous and of its type."""
+        specs = {spec.name: spec for spec in self._manifest.inputs}
+        given = x if isinstance(x, Mapping) else {next(iter(specs)): x}
+        if given.keys() != specs.keys():
+            raise DataError(f"expected the inputs {choices(specs)}; found {choices(given)}")
+        for name, spec in specs.items():
+            array = given[name]
+            if array.ndim != 1 + len(spec.shape) or tuple(array.shape[1:]) != spec.shape or not len(array):
+                expected = ", ".join(map(str, ("batch", *spec.shape)))
+                raise DataError(f"expected input '{name}' [{expected}], found {list(array.shape)}")
+        if len({len(array) for array in given.values()}) > 1:
+            raise DataError(f"inputs of different batches: { {name: len(array) for name, array in given.items()} }")
+        return {name: np.ascontiguousarray(given[name], spec.dtype) for name, spec in specs.items()}
 
-    def _check_targets(self, features: Sequence[Array], y: Array) -> None:
-        classes = self._manifest.logits.shape[0]
+    def _checked_targets(self, features: Sequence[Array], y: Array) -> Array:
+        """Return the targets, contiguous and of their type."""
         if len(y) > self._plan.batch:
             raise DataError(
                 f"a batch of {len(y)} samples exceeds the planned {self._plan.batch}; plan with --batch {len(y)}"
@@ -323,7 +367,23 @@ class TrainingSession:
         expected, found = [(len(y), *f.shape) for f in self._manifest.features], [f.shape for f in features]
         if not len(y) or found != expected:
             raise DataError(f"{len(y)} targets need features of the shapes {expected}, found {found}")
-        if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
-            raise DataError(f"expected targets [batch] of an integer type, found {list(y.shape)} of {y.dtype}")
-        if y.min() < 0 or y.max() >= classes:
-            raise DataError(f"targets reach from {y.min()} to {y.max()}; the model has the classes 0 to {classes - 1}")
+        spec = self._manifest.targets
+        whole = np.issubdtype(np.dtype(spec.dtype), np.integer)
+        if y.shape[1:] != spec.shape or (whole and not np.issubdtype(y.dtype, np.integer)):
+            shape = ", ".join(map(str, ("batch", *spec.shape)))
+            kind = "an integer type" if whole else spec.dtype
+            raise DataError(f"expected targets [{shape}] of {kind}, found {list(y.shape)} of {y.dtype}")
+        self._check_labels(y)
+        return np.ascontiguousarray(y, spec.dtype)
+
+    def _check_labels(self, y: Array) -> None:
+        """Raise DataError if a label is none of the classes (nor the label to be ignored)."""
+        if self._manifest.loss.kind == TRACED or not np.issubdtype(y.dtype, np.integer):
+            return
+        ignored = self._manifest.loss.config.get("ignore_index")
+        counted = y if ignored is None else y[y != ignored]
+        classes = max(2, self._manifest.outputs[0].shape[0])  # a single output is one of two classes
+        if counted.size and (counted.min() < 0 or counted.max() >= classes):
+            raise DataError(
+                f"targets reach from {counted.min()} to {counted.max()}; the model has the classes 0 to {classes - 1}"
+            )

@@ -7,79 +7,104 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from onnx import TensorProto
+import numpy as np
+from onnx import helper
 
-from edgetune.autodiff.builder import OPSET, FunctionLibrary, GraphBuilder
-from edgetune.autodiff.calibrate import emit_grams
-from edgetune.autodiff.graph import BATCH, ForwardGraph
-from edgetune.autodiff.loss import loss_named
-from edgetune.autodiff.lowering import emit_node
-from edgetune.autodiff.reverse import Slot, TrainedLayer, emit_gradients
+from edgetune.autodiff.builder import OPSET
+from edgetune.autodiff.graph import ForwardGraph
+from edgetune.autodiff.losses import Loss, LossConfig, loss_from
 from edgetune.bundle import (
     FORMAT_VERSION,
     MANIFEST,
+    TRACED,
     Bundle,
-    GraphSpec,
-    LayerSpec,
     LossSpec,
     Manifest,
-    ModeSpec,
     OptimizerSpec,
     ParameterSpec,
     PreprocessSpec,
-    SavedSpec,
     TensorSpec,
     write_manifest,
 )
-from edgetune.codecs import Dense, codec_named
-from edgetune.errors import ExportError, UsageError
-from edgetune.export.canonical import canonicalise, fold_batch_norm
-from edgetune.export.capture import capture, load_source
-from edgetune.export.emit import Value, WeightFile, belongs_in_file, write_graph
-from edgetune.export.optimizers import emit_update, optimizer_named
-from edgetune.export.split import Split, WeightLayer, choose_trained, replace_head, split_graph
+from edgetune.codecs import codec_named
+from edgetune.errors import ExportError, UsageError, choices
+from edgetune.export.canonical import canonicalise, fold_frozen
+from edgetune.export.capture import Captured, capture
+from edgetune.export.emit import WeightFile, belongs_in_file
+from edgetune.export.normalisation import settle_batch_norm
+from edgetune.export.optimizers import optimizer_named
+from edgetune.export.selection import Selection, choose_trained, replace_head
+from edgetune.export.source import Signature, load_factory, load_source
+from edgetune.export.split import split_graph
+from edgetune.export.writer import TARGETS, GraphWriter
 from edgetune.version import __version__
 
-TARGETS = "targets"
+BATCH_NORMS = ("frozen", "trained")
 
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What a user may choose; see ``edgetune export --help``."""
+    """What a user may choose; see ``edgetune export --help``.
 
-    last: int = 4
+    ``loss`` is the name of a loss, a source as text (``file.py:factory``), or a torch module
+    ``(outputs, targets) -> scalar``; ``target`` tells the shape of the targets of the latter two. ``train``, where it
+    is given, replaces ``last``.
+    """
+
+    last: int | str = 4
+    train: str | None = None
     codec: str = "hosvd"
-    loss: str = "cross_entropy"
+    loss: Any = "cross_entropy"
     label_smoothing: float = 0.0
+    class_weights: tuple[float, ...] = ()
+    ignore_index: int | None = None
+    target: Signature | None = None
+    outputs: tuple[str, ...] = ()
     optimizer: str = "sgd"
+    batch_norm: str = "frozen"
     new_head: int | None = None
     freeze_head: bool = False
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
+    @property
+    def traces_loss(self) -> bool:
+        """Whether the loss is the user's own."""
+        return not isinstance(self.loss, str) or ":" in self.loss
+
+    def loss_config(self) -> LossConfig:
+        """Return the settings of a named loss."""
+        return LossConfig(
+            kind=self.loss,
+            label_smoothing=self.label_smoothing,
+            class_weights=self.class_weights,
+            ignore_index=self.ignore_index,
+        )
+
     def check(self) -> None:
         """Raise UsageError if a choice is unknown or out of range."""
         codec_named(self.codec)
-        loss_named(self.loss)
         optimizer_named(self.optimizer)
-        if not 0.0 <= self.label_smoothing < 1.0:
-            raise UsageError(f"label smoothing {self.label_smoothing} is out of range: expected 0 <= value < 1")
+        if self.batch_norm not in BATCH_NORMS:
+            raise UsageError(f"batch-norm '{self.batch_norm}' is unknown; choose one of: {choices(BATCH_NORMS)}")
+        if not self.traces_loss:
+            loss_from(self.loss_config())
+        elif self.label_smoothing or self.class_weights or self.ignore_index is not None:
+            raise UsageError("label smoothing, class weights and ignore_index are settings of the named losses")
 
 
-def export_bundle(
-    source: Any, output: str | Path, options: ExportOptions, input_shape: Sequence[int] | None = None
-) -> Bundle:
+def export_bundle(source: Any, output: str | Path, options: ExportOptions, inputs: Sequence[Signature] = ()) -> Bundle:
     """Write the bundle of ``source`` to the directory ``output`` and open it.
 
     Args:
-        source: an ``nn.Module``, an ONNX model, or a source as text (see ``capture.load_source``).
-        input_shape: shape of one sample; needed for torch modules.
+        source: an ``nn.Module``, an exported program, an ONNX model, or a source as text (``source.load_source``).
+        inputs: the shape of one sample of every input; needed for torch modules.
 
     Raises:
         UsageError, ExportError, UnsupportedOperatorError: see the message; nothing is left behind in ``output``.
@@ -90,12 +115,16 @@ def export_bundle(
         _check_replaceable(target)
     name = source if isinstance(source, str) else type(source).__name__
     model = load_source(source) if isinstance(source, str) else source
-    graph = canonicalise(capture(model, input_shape))
+    loss = options.loss
+    if options.traces_loss:
+        loss = load_factory(loss)() if isinstance(loss, str) else loss
+    traced = loss if options.traces_loss else None
+    captured = capture(model, inputs, outputs=options.outputs, loss=traced, target=options.target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
         root = Path(scratch) / "bundle"
         root.mkdir()
-        write_manifest(root, _write_all(root, graph, options, name))
+        write_manifest(root, _write_all(root, captured, options, name))
         if target.exists():
             target.rename(Path(scratch) / "old")  # goes with the scratch directory, once the new one is in its place
         root.rename(target)
@@ -113,54 +142,110 @@ def _check_replaceable(target: Path) -> None:
             raise UsageError(f"'{target}' holds more than a bundle ({', '.join(foreign[:5])}); choose another place")
 
 
-def _write_all(root: Path, graph: ForwardGraph, options: ExportOptions, name: str) -> Manifest:
+def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str) -> Manifest:
+    graph = canonicalise(captured)
     if options.new_head is not None:
         replace_head(graph, options.new_head)
-    body, head = choose_trained(graph, options.last)
-    trained = [*body, *([] if options.freeze_head else [head])]
-    if not trained:
-        raise UsageError("nothing is trained: --last 0 with a frozen head")
-    fold_batch_norm(graph, {layer.node for layer in trained})
-    parameters = list(dict.fromkeys(p for layer in trained for p in (layer.weight, layer.bias) if p))
-    split = split_graph(graph, set(parameters))
-    values = {p: split.tail.constants.pop(p) for p in parameters}
+    train_norms = options.batch_norm == "trained"
+    selection = choose_trained(
+        graph, options.last, options.train, freeze_head=options.freeze_head, train_norms=train_norms
+    )
+    fold_frozen(graph, selection.parameters)
+    buffers = settle_batch_norm(
+        graph, {layer.node for layer in selection.layers}, selection.parameters, batch_statistics=train_norms
+    )
+    loss = None if options.traces_loss else loss_from(options.loss_config())
+    targets = _targets(graph, loss)
+    split = split_graph(graph, selection.parameters)
+    values = {p: split.tail.constants.pop(p) for p in selection.parameters}
+    state = {b: split.tail.constants.pop(b) for b in buffers}
     weights = WeightFile()
-    weights.add(values)
+    weights.add(values | state)
     trunk_reads = {i for node in split.trunk_nodes for i in node.inputs}
     fixed = {k: v for k, v in graph.constants.items() if k in trunk_reads or k in split.tail.constants}
-    weights.add({k: v for k, v in fixed.items() if belongs_in_file(v) and k not in values})
+    weights.add({k: v for k, v in fixed.items() if belongs_in_file(v) and k not in values and k not in state})
     weights.write(root)
 
-    writer = _Writer(root, graph, split, options, weights, {p: v.shape for p, v in values.items()}, trained, head)
+    writer = GraphWriter(
+        root, graph, split, weights, selection, {p: v.shape for p, v in values.items()},
+        {b: v.shape for b, v in state.items()}, targets, loss, options.codec, options.optimizer,
+    )  # fmt: skip
     graphs, saved = writer.write()
-    logits_shape = graph.sample_shape(graph.output)
-    if len(logits_shape) != 1:
-        raise ExportError(
-            f"the model's output has the shape [batch, {logits_shape}]; cross-entropy needs [batch, classes]"
-        )
-    classes = options.classes or tuple(str(i) for i in range(logits_shape[0]))
-    if len(classes) != logits_shape[0]:
-        raise UsageError(f"{len(classes)} class names were given for a model with {logits_shape[0]} outputs")
     optimizer = optimizer_named(options.optimizer)
-    roles = {p: ("head" if layer is head else "tail") for layer in trained for p in (layer.weight, layer.bias) if p}
-    owners = {p: layer.name for layer in reversed(trained) for p in (layer.weight, layer.bias) if p}
+    inputs = tuple(_spec(graph, n) for n in graph.inputs if n not in graph.targets)
+    pairs = zip(graph.output_names, graph.outputs, strict=True)
+    outputs = tuple(dataclasses.replace(_spec(graph, tensor), name=public) for public, tensor in pairs)
     return Manifest(
         format_version=FORMAT_VERSION,
         model=name,
-        made_by=f"edgetune {__version__}",
+        made_by=f"edgetune {__version__} ({captured.method})",
         opset=OPSET,
-        inputs=tuple(TensorSpec(n, graph.sample_shape(n)) for n in graph.inputs),
-        features=tuple(TensorSpec(n, graph.sample_shape(n)) for n in split.features),
-        logits=TensorSpec("logits", logits_shape),
-        classes=classes,
-        preprocess=_preprocess(graph.sample_shape(graph.inputs[0]), options),
-        loss=LossSpec(options.loss, options.label_smoothing),
+        inputs=inputs,
+        features=tuple(_spec(graph, n) for n in split.features),
+        outputs=outputs,
+        targets=targets,
+        classes=_classes(outputs[0], targets, options),
+        preprocess=_preprocess(inputs[0].shape, options),
+        loss=LossSpec(TRACED) if loss is None else LossSpec(options.loss, _settings(options.loss_config())),
         optimizer=OptimizerSpec(options.optimizer, optimizer.slots, dict(optimizer.scalars)),
         codec=options.codec,
         layers=tuple(writer.layer_specs()),
         saved=tuple(saved),
-        parameters=tuple(ParameterSpec(p, tuple(v.shape), owners[p], roles[p]) for p, v in values.items()),
+        parameters=_parameter_specs(selection, {p: v.shape for p, v in values.items()}),
         graphs=graphs,
+        buffers=tuple(TensorSpec(b, v.shape) for b, v in state.items()),
+    )
+
+
+def _spec(graph: ForwardGraph, name: str) -> TensorSpec:
+    dtype = np.dtype(helper.tensor_dtype_to_np_dtype(graph.dtypes[name]))
+    return TensorSpec(name, graph.sample_shape(name), str(dtype))
+
+
+def _targets(graph: ForwardGraph, loss: Loss | None) -> TensorSpec:
+    if loss is None:
+        return dataclasses.replace(_spec(graph, graph.targets[0]), name=TARGETS)
+    output = graph.outputs[0]
+    try:
+        shape, dtype = loss.target(graph.sample_shape(output))
+    except ValueError:
+        raise ExportError(
+            f"the output '{graph.output_names[0]}' has the shape {graph.shapes[output]}; expected [batch, ...]"
+        ) from None
+    return TensorSpec(TARGETS, shape, dtype)
+
+
+def _settings(config: LossConfig) -> dict[str, Any]:
+    """Return the settings of a loss that differ from their defaults."""
+    named = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.name != "kind"}
+    default = LossConfig(config.kind)
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in named.items()
+        if value != getattr(default, key)
+    }
+
+
+def _classes(output: TensorSpec, targets: TensorSpec, options: ExportOptions) -> tuple[str, ...]:
+    """Return the names of the classes: given, or their numbers; none where the targets are no classes."""
+    classifies = options.loss == "cross_entropy"
+    if not classifies:
+        if options.classes:
+            raise UsageError("class names go with --loss cross_entropy")
+        return ()
+    count = output.shape[0]
+    classes = options.classes or tuple(str(i) for i in range(count))
+    if len(classes) != count:
+        raise UsageError(f"{len(classes)} class names were given for a model with {count} outputs")
+    return classes
+
+
+def _parameter_specs(selection: Selection, shapes: dict[str, tuple[int, ...]]) -> tuple[ParameterSpec, ...]:
+    owners = {tensor: layer.name for layer in reversed(selection.layers) for tensor in layer.tensors}
+    head = set(selection.head.tensors) if selection.head else set()
+    return tuple(
+        ParameterSpec(name, tuple(shape), owners.get(name, name.rpartition(".")[0]), "head" if name in head else "tail")
+        for name, shape in shapes.items()
     )
 
 
@@ -173,171 +258,3 @@ def _preprocess(shape: tuple[int, ...], options: ExportOptions) -> PreprocessSpe
     if any(value <= 0 for value in std):
         raise UsageError("--std needs positive values")
     return PreprocessSpec(color, tuple(mean), tuple(std))
-
-
-class _Writer:
-    """Emits and writes the graphs of one bundle."""
-
-    def __init__(
-        self,
-        root: Path,
-        graph: ForwardGraph,
-        split: Split,
-        options: ExportOptions,
-        weights: WeightFile,
-        parameters: dict[str, tuple[int, ...]],
-        trained: list[WeightLayer],
-        head: WeightLayer,
-    ) -> None:
-        self.root, self.graph, self.split, self.options, self.weights = root, graph, split, options, weights
-        self.parameters, self.trained, self.head = parameters, trained, head
-        self.inputs = [Value(n, (BATCH, *graph.sample_shape(n)), "feature") for n in split.features]
-        self.parameter_values = [Value(p, shape, "parameter") for p, shape in parameters.items()]
-        self.slots: list[Slot] = []
-
-    def write(self) -> tuple[dict[str, GraphSpec], list[SavedSpec]]:
-        graphs = {}
-        if self.split.trunk_nodes:
-            graphs["trunk"] = self._trunk()
-        graphs["train"], saved = self._train()
-        if any(slot.codec.lossy for slot in self.slots):
-            graphs["calibrate"] = self._calibrate()
-        graphs["predict"] = self._predict()
-        graphs["update"] = self._update()
-        return graphs, saved
-
-    def layer_specs(self) -> list[LayerSpec]:
-        nodes = {node.name: node for node in self.split.tail.nodes}
-        slot_of = {layer: slot.saved.name for slot in self.slots for layer in slot.layers}
-        return [
-            LayerSpec(
-                layer.name,
-                layer.op,
-                "head" if layer is self.head else "tail",
-                self.graph.sample_shape(nodes[layer.node].inputs[0]),
-                layer.weight,
-                layer.bias,
-                slot_of[layer.name],
-            )
-            for layer in self.trained
-        ]
-
-    def _trunk(self) -> GraphSpec:
-        g = GraphBuilder(taken=set(self.graph.shapes))
-        for node in self.split.trunk_nodes:
-            emit_node(g, node)
-        inputs = [Value(n, (BATCH, *self.graph.sample_shape(n)), "input") for n in self.graph.inputs]
-        made = {name for node in self.split.trunk_nodes for name in node.outputs}
-        # A feature that is the model's own input does not pass through the trunk.
-        outputs = [dataclasses.replace(v, kind="feature") for v in self.inputs if v.name in made]
-        return self._write("trunk", g, None, inputs, outputs, {v.name: v.name for v in outputs}, self.graph)
-
-    def _train(self) -> tuple[GraphSpec, list[SavedSpec]]:
-        g, library, tail = GraphBuilder(taken=set(self.graph.shapes)), FunctionLibrary(), self.split.tail
-        lossy = codec_named(self.options.codec)
-        layers = {
-            layer.node: TrainedLayer(layer.name, Dense() if layer is self.head else lossy) for layer in self.trained
-        }
-        made = emit_gradients(
-            g, library, tail, layers, list(self.parameters), TARGETS, self.options.loss, self.options.label_smoothing
-        )
-        self.slots = made.slots
-        bases = [Value(m.input, _basis_shape(m), "basis") for s in made.slots for m in _modes(s)]
-        targets = Value(TARGETS, (BATCH,), "target", TensorProto.INT64)
-        emitted = {"loss": made.loss, "correct": made.correct}
-        emitted |= {f"gradient/{p}": name for p, name in made.parameters.items()}
-        outputs = [Value("loss", (), "output"), Value("correct", (), "output")]
-        outputs += [Value(f"gradient/{p}", shape, "gradient") for p, shape in self.parameters.items()]
-        for slot in made.slots:
-            if slot.encoded is not None and slot.encoded.energy is not None:
-                emitted[f"energy/{slot.saved.name}"] = slot.encoded.energy
-                outputs.append(Value(f"energy/{slot.saved.name}", (), "output"))
-        inputs = [*self.inputs, targets, *self.parameter_values, *bases]
-        spec = self._write("train", g, library, inputs, outputs, emitted, tail, made.kept, made.forward_ends)
-        return spec, [_saved_spec(slot) for slot in made.slots]
-
-    def _calibrate(self) -> GraphSpec:
-        g, tail = GraphBuilder(taken=set(self.graph.shapes)), self.split.tail
-        grams = emit_grams(g, tail, [slot for slot in self.slots if slot.codec.lossy])
-        outputs = []
-        for slot in self.slots:
-            for mode in _modes(slot):
-                extent: int | str = BATCH if mode.size is None else mode.size
-                outputs.append(Value(f"gram/{slot.saved.name}/{mode.letter}", (mode.groups, extent, extent), "output"))
-        return self._write("calibrate", g, None, [*self.inputs, *self.parameter_values], outputs, grams, tail)
-
-    def _predict(self) -> GraphSpec:
-        g, tail = GraphBuilder(taken=set(self.graph.shapes)), self.split.tail
-        for node in tail.nodes:
-            emit_node(g, node)
-        outputs = [Value("logits", (BATCH, *self.graph.sample_shape(self.graph.output)), "output")]
-        emitted = {"logits": self.graph.output}
-        return self._write("predict", g, None, [*self.inputs, *self.parameter_values], outputs, emitted, tail)
-
-    def _update(self) -> GraphSpec:
-        optimizer = optimizer_named(self.options.optimizer)
-        slots = [(f"{slot}/{p}", shape) for p, shape in self.parameters.items() for slot in optimizer.slots]
-        inputs = [
-            *self.parameter_values,
-            *(Value(f"gradient/{p}", shape, "gradient") for p, shape in self.parameters.items()),
-            *(Value(name, shape, "state") for name, shape in slots),
-            *(Value(name, (), "scalar") for name in optimizer.scalars),
-        ]
-        g = GraphBuilder(taken={value.name for value in inputs})
-        emitted, in_place = emit_update(g, self.options.optimizer, list(self.parameters))
-        kinds = {value.name: value for value in inputs}
-        outputs = [dataclasses.replace(kinds[old], name=new) for new, old in in_place.items()]
-        outputs.append(Value("gradient_norm", (), "output"))
-        return self._write("update", g, None, inputs, outputs, emitted, None, in_place=in_place)
-
-    def _write(
-        self,
-        name: str,
-        g: GraphBuilder,
-        library: FunctionLibrary | None,
-        inputs: Sequence[Value],
-        outputs: Sequence[Value],
-        emitted: dict[str, str],
-        graph: ForwardGraph | None,
-        saved: Sequence[str] = (),
-        forward_ends: Sequence[str] = (),
-        in_place: Mapping[str, str] | None = None,
-    ) -> GraphSpec:
-        constants = {k: v for k, v in graph.constants.items() if k not in self.parameters} if graph else {}
-        return write_graph(
-            self.root,
-            name,
-            g,
-            library,
-            inputs,
-            outputs,
-            emitted,
-            constants,
-            self.weights,
-            saved,
-            forward_ends,
-            in_place,
-        )
-
-
-def _modes(slot: Slot) -> list[ModeSpec]:
-    """Return the truncated modes of a slot. ``c`` has one factor per group."""
-    shape, groups = slot.saved.shape, slot.saved.groups
-    extents = {"c": shape[0] // groups, **dict(zip("hw", shape[1:], strict=False))}
-    return [
-        ModeSpec(letter, extents.get(letter), groups if letter == "c" else 1, f"rank.{slot.saved.name}.{letter}", name)
-        for letter, name in slot.bases
-    ]
-
-
-def _basis_shape(mode: ModeSpec) -> tuple[int | str, ...]:
-    return (BATCH, mode.rank) if mode.size is None else (mode.groups, mode.size, mode.rank)
-
-
-def _saved_spec(slot: Slot) -> SavedSpec:
-    assert slot.encoded is not None
-    energy = f"energy/{slot.saved.name}" if slot.encoded.energy else None
-    return SavedSpec(
-        slot.saved.name, slot.layers, slot.codec.name, {}, slot.saved.shape, slot.saved.groups, tuple(_modes(slot)),
-        energy, slot.encoded.stored,
-    )  # fmt: skip

@@ -1,129 +1,362 @@
-"""A model from wherever it comes -> one ONNX model of the project's opset. Knows torch (inside functions) and onnx."""
+"""A model from wherever it comes -> one ONNX model of the project's opset. Knows torch (inside functions) and onnx.
+
+Ways to capture a torch module, tried in this order:
+    1. torch.export, the batch symbolic
+    2. tracing (the TorchScript exporter), the batch a dynamic axis; for what torch.export cannot follow or decompose
+"""
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import contextlib
+import inspect
 import logging
-import sys
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
-from onnx import version_converter
+from onnx import helper, version_converter
 
 from edgetune.autodiff.builder import OPSET
-from edgetune.errors import ExportError, UsageError
+from edgetune.autodiff.graph import BATCH
+from edgetune.errors import ExportError, UsageError, choices
+from edgetune.export.source import Signature, name_inputs
 
 if TYPE_CHECKING:
     import torch
 
+LOSS = "loss"
+USUAL_OUTPUTS = ("logits", "out")
+"""What the output that a loss is computed from is called in transformers and in torchvision."""
+_SAMPLES = 2
 
-def load_source(source: str) -> Any:
-    """Return what ``source`` names: a torch module (from a factory) or an ONNX model (from a file).
 
-    ``source`` is ``package.module:factory``, ``file.py:factory`` or ``model.onnx``. A factory is called without
-    arguments and returns an ``nn.Module``.
+@dataclass(frozen=True)
+class Captured:
+    """A model as ONNX.
 
-    Raises:
-        UsageError: no such file, module or factory, or another kind of source.
+    Attributes:
+        parameters: names of the initializers that may be trained; None where nobody said which.
+        targets: names of the inputs that belong to a traced loss; its value is the output ``loss``.
+        method: how it was captured, and why not in the usual way, for people.
     """
-    if source.endswith(".onnx"):
-        if not Path(source).is_file():
-            raise UsageError(f"there is no file '{source}'")
-        try:
-            return onnx.load(source)
-        except Exception as error:
-            raise ExportError(f"'{source}' cannot be read as an ONNX model: {error}") from error
-    place, separator, factory_name = source.rpartition(":")
-    if not separator:
-        raise UsageError(f"'{source}' is no source: expected package.module:factory, file.py:factory or model.onnx")
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    factory = getattr(module, factory_name, None)
-    if not callable(factory):
-        names = [n for n in vars(module) if callable(getattr(module, n)) and not n.startswith("_")]
-        raise UsageError(f"'{place}' has no factory '{factory_name}'; it has: {', '.join(sorted(names)) or 'none'}")
-    return factory()
+
+    model: onnx.ModelProto
+    parameters: frozenset[str] | None = None
+    targets: tuple[str, ...] = ()
+    method: str = ""
 
 
-def _import_module(name: str) -> Any:
-    sys.path.insert(0, "")  # a module beside the user, as with python -m
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UsageError(f"module '{name}' cannot be imported: {error}") from error
-    finally:
-        sys.path.remove("")
-
-
-def _import_file(path: Path) -> Any:
-    if not path.is_file():
-        raise UsageError(f"there is no file '{path}'")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # dataclasses look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UsageError(f"'{path}' cannot be run: {type(error).__name__}: {error}") from error
-    return module
-
-
-def capture(model: Any, input_shape: Sequence[int] | None) -> onnx.ModelProto:
-    """Return ``model`` (an ``nn.Module`` or an ONNX model) as ONNX of the project's opset, the batch dynamic.
+def capture(
+    model: Any,
+    inputs: Sequence[Signature],
+    *,
+    outputs: Sequence[str] = (),
+    loss: Any = None,
+    target: Signature | None = None,
+) -> Captured:
+    """Return ``model`` (an ``nn.Module``, an exported program or an ONNX model) as ONNX of the project's opset.
 
     Args:
-        input_shape: shape of one sample; an ONNX model tells its own.
+        inputs: one per input, without the batch; an ONNX model or an exported program tells its own.
+        outputs: names of the outputs to keep, the one for the loss first; the usual one if empty.
+        loss: a module ``(outputs, targets) -> scalar`` to be traced with the model.
+        target: what ``loss`` takes as targets.
 
     Raises:
         ExportError: the model cannot be captured or converted.
-        UsageError: the shape is missing, or the object is not a model.
+        UsageError: an input is missing, an output unknown, or the object is not a model.
     """
     if isinstance(model, onnx.ModelProto):
-        return to_opset(model)
+        if loss is not None:
+            raise UsageError("a loss of your own is traced with a torch model; this model is an ONNX file")
+        return Captured(_with_outputs(to_opset(model), outputs), method="an ONNX file")
     import torch
 
+    if isinstance(model, torch.export.ExportedProgram):
+        if loss is not None:
+            raise UsageError("a loss of your own is traced with the model; give the module, not an exported program")
+        program = _to_onnx(model)
+        trained = frozenset(model.graph_signature.parameters)
+        return Captured(_with_outputs(to_opset(program), outputs), trained, method="an exported program")
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"the factory returned {type(model).__name__}; expected a torch.nn.Module")
-    if input_shape is None:
+    if not inputs:
         raise UsageError("a torch model needs the shape of one input sample: --input 3,224,224")
-    return _capture_module(model, input_shape)
+    return _capture_module(model.eval(), inputs, outputs, loss, target)
 
 
-def _capture_module(model: torch.nn.Module, input_shape: Sequence[int]) -> onnx.ModelProto:
+def _capture_module(
+    model: torch.nn.Module,
+    inputs: Sequence[Signature],
+    wanted: Sequence[str],
+    loss: torch.nn.Module | None,
+    target: Signature | None,
+) -> Captured:
     import torch
 
-    model = model.eval()
-    sample = torch.zeros((2, *input_shape), dtype=torch.float32)
+    known = [n for n, p in inspect.signature(model.forward).parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    inputs = name_inputs(inputs, known)
+    tensors = [torch.from_numpy(signature.example(_SAMPLES)) for signature in inputs]
+    result = _run(model, tensors, inputs)
+    outputs = _choose_outputs(list(named_tensors(result)), wanted)
+    names = [signature.name for signature in inputs]
+    targets: tuple[str, ...] = ()
+    if loss is not None:
+        if target is None:
+            raise UsageError(
+                "a loss of your own needs the shape of one target: --target SHAPE[:DTYPE], or --target :int64"
+            )
+        targets = ("targets",)
+        tensors.append(torch.from_numpy(target.example(_SAMPLES)))
+        _check_loss(loss, result, tensors[-1], target)
+    whole = _wrapped(model, loss, inputs, outputs)
+    try:
+        proto, method = _by_export(whole, tensors, [*names, *targets]), "torch.export"
+    except Exception as error:
+        reason = _first_line(error)
+        try:
+            proto = _by_tracing(whole, tensors, [*names, *targets], [*outputs, *([LOSS] if loss is not None else [])])
+        except Exception as second:
+            shapes = ", ".join(f"{s.name} [batch, {', '.join(map(str, s.shape))}]" for s in inputs)
+            raise ExportError(
+                f"torch could not capture the model for {shapes}: torch.export: {reason}; "
+                f"tracing: {_first_line(second)}"
+            ) from second
+        method = f"tracing, because torch.export failed: {reason}"
+    _rename(proto, [*names, *targets], [*outputs, *([LOSS] if loss is not None else [])])
+    trained = frozenset(name for name, _ in model.named_parameters())
+    return Captured(to_opset(proto), trained, targets, method)
+
+
+def _first_line(error: BaseException) -> str:
+    """Return the line of a long report that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    for line in lines:
+        if line.startswith("<class"):
+            return line
+    return lines[0] if lines else type(error).__name__
+
+
+def _call(model: torch.nn.Module, tensors: Sequence[Any], inputs: Sequence[Signature]) -> Any:
+    """Call the model: named inputs by keyword, the others in order."""
+    pairs = list(zip(inputs, tensors, strict=True))
+    named = {signature.name: tensor for signature, tensor in pairs if signature.named}
+    return model(*(tensor for signature, tensor in pairs if not signature.named), **named)
+
+
+def _run(model: torch.nn.Module, tensors: Sequence[Any], inputs: Sequence[Signature]) -> Any:
+    import torch
+
+    try:
+        with torch.no_grad():
+            return _call(model, tensors, inputs)
+    except Exception as error:
+        raise ExportError(
+            f"the model does not run on an example of its input ({', '.join(map(str, inputs))}): {_first_line(error)}"
+        ) from error
+
+
+def named_tensors(result: Any) -> dict[str, Any]:
+    """Return the tensors of what a model returned, by name.
+
+    Raises:
+        ExportError: there is none.
+    """
+    import torch
+
+    if isinstance(result, torch.Tensor):
+        return {"output": result}
+    if isinstance(result, Mapping):
+        found = {str(key): value for key, value in result.items() if isinstance(value, torch.Tensor)}
+    elif isinstance(result, tuple) and hasattr(result, "_fields"):
+        pairs = zip(result._fields, result, strict=True)
+        found = {name: value for name, value in pairs if isinstance(value, torch.Tensor)}
+    elif isinstance(result, tuple | list):
+        found = {
+            f"output.{i}" if i else "output": value for i, value in enumerate(result) if isinstance(value, torch.Tensor)
+        }
+    else:
+        found = {}
+    if not found:
+        raise ExportError(
+            f"the model returns {type(result).__name__} without a tensor; expected tensors, by name or not"
+        )
+    return found
+
+
+def _choose_outputs(known: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Return the outputs to keep, the one for the loss first."""
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise UsageError(f"the model has no output {choices(unknown)}; it has: {choices(known)}")
+    if wanted:
+        return list(wanted)
+    usual = [name for name in USUAL_OUTPUTS if name in known]
+    if len(known) > 1 and not usual and known[0] != "output":
+        raise UsageError(f"the model has several outputs; name the one for the loss with --output: {choices(known)}")
+    return [usual[0] if usual else known[0]]
+
+
+def _wrapped(
+    model: torch.nn.Module, loss: torch.nn.Module | None, inputs: Sequence[Signature], outputs: Sequence[str]
+) -> torch.nn.Module:
+    """Return a module from positional inputs (and targets) to the chosen outputs (and the loss)."""
+    import torch
+
+    class Whole(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+            self.loss = loss
+
+        def forward(self, *tensors: Any) -> tuple[Any, ...]:
+            result = _call(self.model, tensors[: len(inputs)], inputs)
+            found = named_tensors(result)
+            chosen = tuple(found[name] for name in outputs)
+            return chosen if self.loss is None else (*chosen, self.loss(result, tensors[len(inputs)]))
+
+    return Whole().eval()
+
+
+def _check_loss(loss: Any, result: Any, target: Any, signature: Signature) -> None:
+    """Raise UsageError unless the loss of the outputs is one number."""
+    import torch
+
+    if not isinstance(loss, torch.nn.Module):
+        raise UsageError(f"the loss is {type(loss).__name__}; expected a torch.nn.Module (outputs, targets) -> scalar")
+    try:
+        with torch.no_grad():
+            value = loss(result, target)
+    except Exception as error:
+        raise UsageError(f"the loss does not run on targets {signature}: {_first_line(error)}") from error
+    if not isinstance(value, torch.Tensor) or value.dim() or not value.is_floating_point():
+        found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+        raise UsageError(f"the loss returns {found}; expected one floating-point number (reduce it: mean or sum)")
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' own reports off the screen, and attention in plain operators.
+
+    The fused attention kernels of a CPU have strides of their own, on which torch's decomposition of views fails.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                model,
-                (sample,),
-                dynamo=True,
-                opset_version=OPSET,
-                # The exporter's own optimiser folds batch-norm into weights and keeps their names: what is trained
-                # would no longer be what the model calls so.
-                optimize=False,
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                verbose=False,
-            )
-    except Exception as error:
-        raise ExportError(
-            f"torch could not export the model for input [batch, {', '.join(map(str, input_shape))}]: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
+            yield
     finally:
         log.setLevel(level)
+
+
+def _by_export(whole: torch.nn.Module, tensors: Sequence[Any], names: Sequence[str]) -> onnx.ModelProto:
+    import torch
+
+    batch = torch.export.Dim(BATCH)
+    dynamic = tuple({0: batch} for _ in tensors)
+    with _quiet():
+        program = torch.onnx.export(
+            whole,
+            tuple(tensors),
+            dynamo=True,
+            opset_version=OPSET,
+            # The exporter's own optimiser folds batch-norm into weights and keeps their names: what is trained would
+            # no longer be what the model calls so.
+            optimize=False,
+            dynamic_shapes=(dynamic,),
+            input_names=list(names),
+            verbose=False,
+        )
     assert program is not None
-    return to_opset(program.model_proto)
+    proto: onnx.ModelProto = program.model_proto
+    return proto
+
+
+def _by_tracing(
+    whole: torch.nn.Module, tensors: Sequence[Any], names: Sequence[str], outputs: Sequence[str]
+) -> onnx.ModelProto:
+    import torch
+
+    with _quiet(), tempfile.TemporaryDirectory(prefix="edgetune-") as scratch:
+        path = Path(scratch) / "traced.onnx"
+        torch.onnx.export(
+            whole,
+            tuple(tensors),
+            str(path),
+            dynamo=False,
+            opset_version=17,
+            # Otherwise batch-norm would be fused, and weights transposed and renamed.
+            training=torch.onnx.TrainingMode.PRESERVE,
+            do_constant_folding=False,
+            input_names=list(names),
+            output_names=list(outputs),
+            dynamic_axes={name: {0: BATCH} for name in names},
+        )
+        return onnx.load(path)
+
+
+def _to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
+    import torch
+
+    with _quiet():
+        try:
+            made = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
+        except Exception as error:
+            raise ExportError(f"torch could not turn the exported program into ONNX: {_first_line(error)}") from error
+    assert made is not None
+    proto: onnx.ModelProto = made.model_proto
+    return proto
+
+
+def _rename(proto: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """Give inputs and outputs their own names, and parameters the names that the model calls them."""
+    graph = proto.graph
+    names = {old.name: new for old, new in zip(graph.input, inputs, strict=True)}
+    for tensor in graph.initializer:
+        if tensor.name.startswith("model."):
+            names[tensor.name] = tensor.name.removeprefix("model.")
+    taken = {name for node in graph.node for name in node.output} | {t.name for t in graph.initializer}
+    for name in set(names.values()) & taken - set(names):
+        names[name] = f"{name}.inner"
+    _rename_values(graph, names)
+    made = [value.name for value in graph.output]
+    for value, emitted, wanted in zip(graph.output, made, outputs, strict=True):
+        # A copy, because one tensor may be two outputs, or be called as another's name is.
+        graph.node.append(helper.make_node("Identity", [emitted], [f"{wanted}.out"]))
+        value.name = f"{wanted}.out"
+    taken = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    _rename_values(graph, {name: f"{name}.inner" for name in outputs if name in taken})
+    _rename_values(graph, {f"{name}.out": name for name in outputs})
+
+
+def _rename_values(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
+    for node in graph.node:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                _rename_values(attribute.g, names)
+    for value in [*graph.input, *graph.output, *graph.initializer, *graph.value_info]:
+        value.name = names.get(value.name, value.name)
+
+
+def _with_outputs(model: onnx.ModelProto, wanted: Sequence[str]) -> onnx.ModelProto:
+    """Keep the wanted outputs of an ONNX model, in the order in which they are wanted."""
+    known = {value.name: value for value in model.graph.output}
+    if len(known) == 1 and not wanted:
+        return model
+    kept = [known[name] for name in _choose_outputs(list(known), wanted)]
+    del model.graph.output[:]
+    model.graph.output.extend(kept)
+    return model
 
 
 def to_opset(model: onnx.ModelProto) -> onnx.ModelProto:

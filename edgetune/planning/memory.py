@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from edgetune.bundle import GraphSpec
 from edgetune.planning.sizes import elements, itemsize, nbytes
 
-FIXED_KINDS = ("constant", "parameter", "state", "basis", "scalar")
+FIXED_KINDS = ("constant", "parameter", "buffer", "state", "basis", "scalar")
 """Kinds of tensors that are resident all the time: the ledger counts them once, a timeline not at all."""
 
 # A buffer that several tensors occupy in turn bears the most lasting of their kinds.

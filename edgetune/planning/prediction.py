@@ -89,7 +89,7 @@ def predict(
     parameter_bytes = sum(_FLOAT_BYTES * math.prod(spec.shape) for spec in manifest.parameters)
     ledger["runtime"] = runtime_bytes
     ledger["weights"] = _constant_bytes(manifest.graphs.values(), symbols)
-    ledger["parameters"] = parameter_bytes
+    ledger["parameters"] = parameter_bytes + sum(_FLOAT_BYTES * math.prod(spec.shape) for spec in manifest.buffers)
     ledger["optimizer"] = len(manifest.optimizer.slots) * parameter_bytes
     ledger["bases"] = _basis_bytes(manifest, symbols)
     bottleneck = ""

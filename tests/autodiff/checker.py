@@ -19,10 +19,11 @@ from onnx.reference.op_run import OpRun
 
 from edgetune.autodiff.builder import DOMAIN, OPSET, FunctionLibrary, GraphBuilder
 from edgetune.autodiff.graph import BATCH, ForwardGraph, Node
+from edgetune.autodiff.losses import LossConfig, loss_from
 from edgetune.autodiff.reverse import TrainedLayer, emit_gradients
 from edgetune.bundle import Array
 from edgetune.codecs import Dense
-from edgetune.export.canonical import infer_shapes
+from edgetune.export.shapes import infer_shapes
 
 CLASSES = 3
 STEP = 1e-4
@@ -150,7 +151,7 @@ def forward_graph(
     named = [helper.make_node(n.op_type, n.input, n.output, name=n.output[0]) for n in nodes]
     for copy, node in zip(named, nodes, strict=True):
         copy.attribute.extend(node.attribute)
-    return ForwardGraph([Node.from_proto(n) for n in named], ("x",), "z", dict(fixed), shapes, dtypes)
+    return ForwardGraph([Node.from_proto(n) for n in named], ("x",), ("z",), dict(fixed), shapes, dtypes)
 
 
 def _emitted(
@@ -164,7 +165,7 @@ def _emitted(
     graph = forward_graph(nodes, x.shape[1:], trained, fixed)
     g, library = GraphBuilder(taken=set(graph.shapes)), FunctionLibrary()
     layers = {n.name: TrainedLayer(n.name, Dense()) for n in graph.nodes if n.op in ("Conv", "Gemm", "MatMul")}
-    made = emit_gradients(g, library, graph, layers, list(trained), "targets", "cross_entropy", 0.0)
+    made = emit_gradients(g, library, graph, layers, list(trained), "targets", loss_from(LossConfig()))
     wanted = {"loss": made.loss, **made.parameters}
     # One emitted tensor may be the gradient of two parameters: every output gets a name of its own.
     copies = [helper.make_node("Identity", [name], [f"out/{key}"]) for key, name in wanted.items()]

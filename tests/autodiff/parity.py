@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 import edgetune
 from edgetune.bundle import Array, Bundle
 from edgetune.export.capture import capture
+from edgetune.export.source import Signature
 from tools import models
 
 
@@ -42,7 +43,7 @@ class Bundles:
         """Return the same model as ONNX, as the export captures it."""
         key = (name, tuple(shape))
         if key not in self._captured:
-            self._captured[key] = capture(getattr(models, name)(), shape)
+            self._captured[key] = capture(getattr(models, name)(), [Signature(tuple(shape))]).model
         copied = onnx.ModelProto()
         copied.CopyFrom(self._captured[key])
         return copied

@@ -14,12 +14,13 @@ from onnx import helper
 
 from edgetune.autodiff.builder import FunctionLibrary, GraphBuilder
 from edgetune.autodiff.graph import Node
+from edgetune.autodiff.losses import LossConfig, loss_from
 from edgetune.autodiff.reverse import TrainedLayer, emit_gradients
 from edgetune.autodiff.rule import Context, Rule, nothing
 from edgetune.autodiff.rules import RULES
 from edgetune.bundle import Array
 from edgetune.codecs import Dense
-from edgetune.errors import UnsupportedOperatorError
+from edgetune.errors import ExportError, UnsupportedOperatorError
 from tests.autodiff.checker import check_gradients, forward_graph
 
 FEW = settings(max_examples=8, deadline=None, derandomize=True)
@@ -251,7 +252,7 @@ def test_an_unknown_operator_is_named_with_the_known_ones(op: str) -> None:
     graph = forward_graph([node("Add", ["x", "p"], "h"), node("Relu", ["h"], "z")], (3,), {"p": normal((3,))}, {})
     graph.nodes[1] = Node(op, "odd", ("h",), ("z",), {})
     with pytest.raises(UnsupportedOperatorError) as caught:
-        emit_gradients(GraphBuilder(), FunctionLibrary(), graph, {}, ["p"], "targets", "cross_entropy", 0.0)
+        emit_gradients(GraphBuilder(), FunctionLibrary(), graph, {}, ["p"], "targets", loss_from(LossConfig()))
     message = str(caught.value)
     assert op in message and "odd" in message
     assert all(known in message for known in RULES)
@@ -260,7 +261,7 @@ def test_an_unknown_operator_is_named_with_the_known_ones(op: str) -> None:
 def test_an_unknown_operator_before_the_trained_layers_is_no_obstacle() -> None:
     nodes = [node("Erf", ["x"], "h"), node("Add", ["h", "p"], "z")]
     graph = forward_graph(nodes, (3,), {"p": normal((3,))}, {})
-    made = emit_gradients(GraphBuilder(), FunctionLibrary(), graph, {}, ["p"], "targets", "cross_entropy", 0.0)
+    made = emit_gradients(GraphBuilder(), FunctionLibrary(), graph, {}, ["p"], "targets", loss_from(LossConfig()))
     assert set(made.parameters) == {"p"}
 
 
@@ -269,8 +270,8 @@ def test_a_parameter_without_a_path_to_the_loss_is_an_error() -> None:
         [node("Add", ["x", "p"], "z"), node("Sigmoid", ["q"], "r")], (3,), {"p": normal((3,)), "q": normal((3,))}, {}
     )
     layers = {"z": TrainedLayer("z", Dense())}
-    with pytest.raises(ValueError, match="no path"):
-        emit_gradients(GraphBuilder(), FunctionLibrary(), graph, layers, ["p", "q"], "targets", "cross_entropy", 0.0)
+    with pytest.raises(ExportError, match="no gradient reaches it"):
+        emit_gradients(GraphBuilder(), FunctionLibrary(), graph, layers, ["p", "q"], "targets", loss_from(LossConfig()))
 
 
 # -- the checker itself -----------------------------------------------------------------------------------------------
