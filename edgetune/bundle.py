@@ -120,7 +120,7 @@ class ModeSpec:
     """One truncated mode of a compressed tensor.
 
     Attributes:
-        letter: ``b`` | ``c`` | ``h`` | ``w`` (the legend of DESIGN.md).
+        letter: ``b`` | ``c`` | ``z`` | ``h`` | ``w`` (the legend of DESIGN.md).
         size: extent of the mode (per group for ``c``); None for the batch.
         groups: number of independent factors (the groups of a convolution); 1 otherwise.
         rank: symbol of its rank, such as ``rank.layer4.1.conv1.c``.
@@ -138,8 +138,9 @@ class ModeSpec:
 class SavedSpec:
     """One tensor that the forward pass keeps for a weight gradient, and how.
 
-    ``name`` is that of the first layer that reads it; ``shape`` excludes the batch. ``energy`` is the graph output
-    with its captured energy ‖decoded‖²/‖X‖² (None for a lossless codec).
+    ``name`` is that of the first layer that reads it; ``shape`` excludes the batch; its channels are the first axis, or
+    the last for a linear layer (``channels_last``). ``energy`` is the graph output with its captured energy
+    ‖decoded‖²/‖X‖² (None for a lossless codec).
     """
 
     name: str
@@ -151,6 +152,7 @@ class SavedSpec:
     modes: tuple[ModeSpec, ...] = ()
     energy: str | None = None
     stored: tuple[str, ...] = ()
+    channels_last: bool = False
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ def emit_grams(g: GraphBuilder, graph: ForwardGraph, slots: Sequence[Slot]) -> d
             slot = pending.pop(name)
             for letter, _ in slot.bases:
                 g.scope = f"gram/{name}/{letter}"
-                made[g.scope] = _emit_gram(g, slot, letter)
+                made[g.scope] = _emit_gram(g, graph, slot, letter)
 
     for name in graph.inputs:
         measure(name)
@@ -41,19 +41,25 @@ def emit_grams(g: GraphBuilder, graph: ForwardGraph, slots: Sequence[Slot]) -> d
     return made
 
 
-def _emit_gram(g: GraphBuilder, slot: Slot, letter: str) -> str:
-    shape, groups, x = slot.saved.shape, slot.saved.groups, slot.tensor
-    if letter == "b" or len(shape) == 1:
-        flat = g.op("Flatten", x, axis=1, hint="rows")
-        rows = flat if letter == "b" else g.op("Transpose", flat, perm=[1, 0], hint="rows")
-    elif letter == "c" and groups > 1:
-        planes = g.op("Reshape", x, g.const([0, groups, shape[0] // groups, math.prod(shape[1:])]), hint="planes")
+def _emit_gram(g: GraphBuilder, graph: ForwardGraph, slot: Slot, letter: str) -> str:
+    """Emit A_(j) A_(j)ᵀ of mode ``letter``: [groups, n, n]."""
+    saved, x = slot.saved, slot.tensor
+    if graph.shapes[x] != (0, *saved.shape):
+        x = g.op("Reshape", x, g.const([-1, *saved.shape]), hint="by_sample")
+    order = ["b", *saved.extents()]
+    if letter == "c" and saved.groups > 1:
+        size = saved.channels // saved.groups
+        planes = g.op("Reshape", x, g.const([0, saved.groups, size, math.prod(saved.positions)]), hint="planes")
         first = g.op("Transpose", planes, perm=[1, 2, 0, 3], hint="first")
-        rows = g.op("Reshape", first, g.const([groups, shape[0] // groups, -1]), hint="rows")
+        rows = g.op("Reshape", first, g.const([saved.groups, size, -1]), hint="rows")
         return str(g.op("MatMul", rows, g.op("Transpose", rows, perm=[0, 2, 1], hint="columns"), hint="gram"))
+    if letter == order[-1]:  # the last axis: rows of it are there without a copy
+        columns = g.op("Reshape", x, g.const([-1, saved.shape[-1]]), hint="columns")
+        gram = g.op("Gemm", columns, columns, transA=1, hint="gram")
     else:
-        axis = "bchw".index(letter)
-        perm = [axis, *(i for i in range(4) if i != axis)]
-        rows = g.op("Flatten", g.op("Transpose", x, perm=perm, hint="first"), axis=1, hint="rows")
-    gram = g.op("Gemm", rows, rows, transB=1, hint="gram")
+        axis = order.index(letter)
+        if axis:
+            x = g.op("Transpose", x, perm=[axis, *(i for i in range(len(order)) if i != axis)], hint="first")
+        rows = g.op("Flatten", x, axis=1, hint="rows")
+        gram = g.op("Gemm", rows, rows, transB=1, hint="gram")
     return str(g.op("Unsqueeze", gram, g.const([0]), hint="gram"))

@@ -12,6 +12,7 @@ from onnx import helper
 
 from edgetune.autodiff.builder import GraphBuilder
 from edgetune.autodiff.graph import Node
+from edgetune.autodiff.rules.linear import emit_linear
 
 
 def _hard_swish(g: GraphBuilder, node: Node) -> None:
@@ -20,7 +21,7 @@ def _hard_swish(g: GraphBuilder, node: Node) -> None:
     g.nodes.append(helper.make_node("Mul", [node.inputs[0], gate], list(node.outputs), name=node.name))
 
 
-_LOWERED: dict[str, Callable[[GraphBuilder, Node], None]] = {"HardSwish": _hard_swish}
+_LOWERED: dict[str, Callable[[GraphBuilder, Node], None]] = {"HardSwish": _hard_swish, "Linear": emit_linear}
 
 
 def emit_node(g: GraphBuilder, node: Node) -> None:

@@ -10,6 +10,7 @@ Knows the builder, the rules and the codecs; knows nothing of files, models or r
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -20,11 +21,12 @@ from edgetune.autodiff.lowering import emit_node
 from edgetune.autodiff.rule import FunctionBody, Rule, Stored, Want
 from edgetune.autodiff.rules import rule_for
 from edgetune.codecs import Codec, Dense, Saved, Use
-from edgetune.codecs.base import Encoded
+from edgetune.codecs.base import POSITIONS, Encoded
 from edgetune.codecs.sign import Interval, emit_inside, emit_pack, emit_unpack
 from edgetune.errors import ExportError, UnsupportedOperatorError, choices
 
 BasisInput = tuple[str, str]  # (mode letter, name of the graph input)
+SlotKey = tuple[str, int, bool]  # (tensor, groups, channels last): a convolution and a linear layer may read the same
 
 
 @dataclass(frozen=True)
@@ -66,54 +68,78 @@ class _Memory:
         self.graph = graph
         self.layers = layers
         self.dense: set[str] = set()
-        self.compressed: dict[tuple[str, int], Slot] = {}
-        self.uncompressed: dict[tuple[str, int], Slot] = {}
+        self.compressed: dict[SlotKey, Slot] = {}
+        self.uncompressed: dict[SlotKey, Slot] = {}
         self.intervals: dict[str, list[Interval]] = {}
         self._wants: list[tuple[Node, Want]] = []
 
     def add(self, node: Node, want: Want) -> None:
-        if want.tensor in self.graph.constants:
+        if want.tensor in self.graph.constants and want.use is not Use.WEIGHT_GRAD:
             return
-        if want.use is Use.SIGN and all(extent > 0 for extent in self.graph.shapes[want.tensor]):
-            want = dataclasses.replace(want, use=Use.VALUE)  # made of parameters alone: nothing that grows
+        if want.use is Use.SIGN and not self._grows(want.tensor):
+            want = dataclasses.replace(want, use=Use.VALUE)  # made of parameters alone
         self._wants.append((node, want))
 
     def resolve(self) -> None:
         """Decide. A tensor that somebody needs exactly is kept as it is, and serves every other use too."""
-        readers: dict[tuple[str, int], list[TrainedLayer]] = {}
-        last: dict[str, bool] = {}
+        readers: dict[SlotKey, list[TrainedLayer]] = {}
         for node, want in self._wants:
             if want.use is Use.VALUE:
                 self.dense.add(want.tensor)
             elif want.use is Use.WEIGHT_GRAD:
-                layer = self.layers[node.name]
-                readers.setdefault((want.tensor, want.groups), []).append(layer)
-                last[want.tensor] = last.get(want.tensor, False) or want.channels_last
+                # A weight that nobody listed (one inside an attention, say) is trained from its input as it is.
+                layer = self.layers.get(node.name) or TrainedLayer(node.name, Dense())
+                readers.setdefault((want.tensor, want.groups, want.channels_last), []).append(layer)
                 if not layer.codec.lossy:
                     self.dense.add(want.tensor)
-        for (tensor, groups), layers in readers.items():
+        for tensor, _, channels_last in readers:
+            if not self._compressible(tensor, channels_last):
+                self.dense.add(tensor)
+        for key, layers in readers.items():
+            tensor, groups, channels_last = key
             names = tuple(layer.name for layer in layers)
-            saved = Saved(names[0], self.graph.per_sample(tensor), groups, last[tensor])
-            # Where several images per sample pass through a convolution, their count is no mode of its input.
-            batched = last[tensor] or self.graph.shapes[tensor][0] == 0
-            known = batched and _compressible(saved)
-            codec = layers[0].codec if known and tensor not in self.dense else Dense()
+            saved = Saved(names[0], self._saved_shape(tensor, channels_last), groups, channels_last)
+            codec = layers[0].codec if tensor not in self.dense else Dense()
             if codec.lossy:
                 bases = tuple((letter, _basis_name(saved, letter)) for letter in codec.letters(saved))
-                self.compressed[tensor, groups] = Slot(tensor, names, codec, saved, bases)
+                self.compressed[key] = Slot(tensor, names, codec, saved, bases)
             else:
-                self.dense.add(tensor)
-                self.uncompressed[tensor, groups] = Slot(tensor, names, codec, saved, (), Encoded((tensor,), {}, None))
+                self.uncompressed[key] = Slot(tensor, names, codec, saved, (), Encoded((tensor,), {}, None))
+        self.dense -= self.graph.constants.keys()  # these are there anyway
         for _, want in self._wants:
             if want.use is Use.SIGN and want.tensor not in self.dense:
                 found = self.intervals.setdefault(want.tensor, [])
                 if want.interval not in found:
                     found.append(want.interval)
 
+    def _grows(self, tensor: str) -> bool:
+        """Tell whether ``tensor`` has a batch axis."""
+        return any(extent <= 0 for extent in self.graph.shapes[tensor])
 
-def _compressible(saved: Saved) -> bool:
-    """Lossy codecs know inputs of 2-D convolutions [c, h, w] and of linear layers [c]."""
-    return len(saved.shape) in (1, 3)
+    def _compressible(self, tensor: str, channels_last: bool) -> bool:
+        """Where several images per sample pass through a convolution, their count is no mode of its input."""
+        return self._grows(tensor) and (channels_last or self.graph.shapes[tensor][0] == 0)
+
+    def _saved_shape(self, tensor: str, channels_last: bool) -> tuple[int, ...]:
+        """Return what a slot of ``tensor`` says of one sample; of a linear layer's input [*positions, c].
+
+        The order of the rows of a linear layer's input is free: its weight gradient is a sum over them. So where the
+        batch does not lead, the rows are counted off in equal shares, and more than three axes of positions are
+        joined to three.
+        """
+        if not self._grows(tensor):
+            return self.graph.shapes[tensor]
+        shape = self.graph.per_sample(tensor)
+        if not channels_last:
+            return shape
+        channels = self.graph.shapes[tensor][-1]
+        positions = shape[:-1]
+        if not positions and shape != (channels,):
+            positions = (shape[0] // channels,)
+        if len(positions) > len(POSITIONS):
+            joined = len(positions) - len(POSITIONS) + 1
+            positions = (math.prod(positions[:joined]), *positions[joined:])
+        return (*positions, channels)
 
 
 def _basis_name(saved: Saved, letter: str) -> str:
@@ -154,8 +180,9 @@ class _Reverser:
             return inside
         return str(self.g.op("Reshape", inside, self.g.const(self.graph.reshape_target(tensor)), hint="inside"))
 
-    def stored(self, tensor: str, groups: int) -> Stored:
-        slot = self.memory.compressed.get((tensor, groups)) or self.memory.uncompressed[tensor, groups]
+    def stored(self, tensor: str, groups: int = 1, channels_last: bool = False) -> Stored:
+        key = (tensor, groups, channels_last)
+        slot = self.memory.compressed.get(key) or self.memory.uncompressed[key]
         assert slot.encoded is not None
         return Stored(slot.codec, slot.saved, slot.encoded)
 
@@ -195,7 +222,6 @@ class _Reverser:
 
     def _encode(self, slot: Slot) -> Slot:
         letters = [letter for letter, _ in slot.bases]
-
         by_sample = self.graph.shapes[slot.tensor] == (0, *slot.saved.shape)
 
         def body(g: GraphBuilder, names: Sequence[str]) -> Sequence[str]:

@@ -51,8 +51,8 @@ class Context(Protocol):
     def mask(self, tensor: str, interval: Interval) -> str:
         """Return a boolean mask of the elements of ``tensor`` inside ``interval``; it was wanted with Use.SIGN."""
 
-    def stored(self, tensor: str, groups: int) -> Stored:
-        """Return what was kept of ``tensor``; it was wanted with Use.WEIGHT_GRAD."""
+    def stored(self, tensor: str, groups: int = 1, channels_last: bool = False) -> Stored:
+        """Return what was kept of ``tensor``; it was wanted with Use.WEIGHT_GRAD and the same arguments."""
 
     def kept(self, node: Node) -> tuple[str, ...]:
         """Return what the rule's own ``forward`` kept of ``node``."""

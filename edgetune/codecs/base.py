@@ -15,6 +15,9 @@ import numpy as np
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+POSITIONS = "zhw"
+"""Letters of the position modes; a tensor with fewer of them has the last ones."""
+
 
 class Use(enum.Enum):
     """Why a backward rule wants a tensor. It decides what may stand in for it.
@@ -54,13 +57,40 @@ class Saved:
     """A tensor to be saved: ``shape`` without the batch; ``groups`` of the layer that reads it.
 
     Inputs of convolutions have the channels first, [c, w], [c, h, w] or [c, z, h, w]; those of linear layers last,
-    [c], [w, c], [h, w, c] and so on.
+    [c], [w, c], [h, w, c] or [z, h, w, c].
     """
 
     name: str
     shape: tuple[int, ...]
     groups: int = 1
     channels_last: bool = False
+
+    @property
+    def channels(self) -> int:
+        """The extent of the channel axis, over all groups."""
+        return self.shape[-1] if self.channels_last else self.shape[0]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """The extents of the position axes, at most three."""
+        return self.shape[:-1] if self.channels_last else self.shape[1:]
+
+    @property
+    def rows(self) -> bool:
+        """Whether the channels are the last axis: a linear layer's input, or one without positions."""
+        return self.channels_last or len(self.shape) == 1
+
+    def extents(self) -> dict[str, int]:
+        """Return the extent of every mode but the batch, by letter, in the order of the axes; ``c`` per group.
+
+        Raises:
+            ValueError: there are more position axes than letters.
+        """
+        if len(self.positions) > len(POSITIONS):
+            raise ValueError(f"'{self.name}' of shape {self.shape} has more position axes than {len(POSITIONS)}")
+        positions = dict(zip(POSITIONS[len(POSITIONS) - len(self.positions) :], self.positions, strict=True))
+        channels = {"c": self.channels // self.groups}
+        return {**positions, **channels} if self.channels_last else {**channels, **positions}
 
 
 @dataclass(frozen=True)
@@ -84,7 +114,7 @@ class Codec(Protocol):
     lossy: bool
 
     def letters(self, saved: Saved) -> tuple[str, ...]:
-        """Return the modes that get a rank at run time, in the order of the tensor's axes."""
+        """Return the modes that get a rank at run time: b, then the others in the order of the tensor's axes."""
 
     def encode(self, x: Array, saved: Saved, bases: Mapping[str, Array]) -> dict[str, Array]:
         """Return what is stored for ``x`` [b, *saved.shape]; ``bases`` hold [g, n, r] per letter, the sketch [b, r]

@@ -1,4 +1,4 @@
-"""Truncated SVD of the b × chw unfolding (HOSVD paper, eq. 4-5). Knows numpy and the codec protocol."""
+"""Truncated SVD of the unfolding b × all else (HOSVD paper, eq. 4-5). Knows numpy and the codec protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgetune.codecs.subspace import emit_top_subspace, top_subspace
 
 
 class Svd:
-    """Stores U [b, r1] and ΣVᵀ = UᵀX [r1, c·h·w]: r1·(b + chw) elements.
+    """Stores U [b, r1] and ΣVᵀ = UᵀX [r1, *shape]: r1·(b + n) elements for samples of n.
 
     The left singular vectors of the batch mode have no meaning beyond their batch, so they are found in the step.
     """

@@ -197,8 +197,9 @@ class GraphWriter:
 
 def _modes(slot: Slot) -> list[ModeSpec]:
     """Return the truncated modes of a slot. ``c`` has one factor per group."""
-    shape, groups = slot.saved.shape, slot.saved.groups
-    extents = {"c": shape[0] // groups, **dict(zip("hw", shape[1:], strict=False))}
+    if not slot.bases:
+        return []
+    extents, groups = slot.saved.extents(), slot.saved.groups
     return [
         ModeSpec(letter, extents.get(letter), groups if letter == "c" else 1, f"rank.{slot.saved.name}.{letter}", name)
         for letter, name in slot.bases
@@ -215,6 +216,7 @@ def _saved_spec(slot: Slot) -> SavedSpec:
     return SavedSpec(
         slot.saved.name, slot.layers, slot.codec.name, {}, slot.saved.shape, slot.saved.groups, tuple(_modes(slot)),
         energy, slot.encoded.stored,
+        slot.saved.channels_last,
     )  # fmt: skip
 
 

@@ -104,7 +104,7 @@ def check_against_decoded(
     made = run_with_outputs(bundle, feeds, [*saved.stored, dy])
     codec = CODECS[saved.codec]
     stored = dict(zip(("factor", "core"), (made[name].astype(np.float64) for name in saved.stored), strict=True))
-    decoded = codec.decode(stored, Saved(saved.name, saved.shape, saved.groups), bases)
+    decoded = codec.decode(stored, Saved(saved.name, saved.shape, saved.groups, saved.channels_last), bases)
     assert decoded.shape == x.shape
 
     assert relative_error(made[f"gradient/{weight}"], rule(decoded, made[dy])) <= 1e-5

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from edgetune.autodiff.rule import Rule
-from edgetune.autodiff.rules import conv, elementwise, linear, pool, shape
+from edgetune.autodiff.rules import conv, conv_transpose, elementwise, linear, pool, shape
 from edgetune.errors import UnsupportedOperatorError, choices
 
-RULES: dict[str, Rule] = {**conv.RULES, **elementwise.RULES, **linear.RULES, **pool.RULES, **shape.RULES}
+RULES: dict[str, Rule] = {
+    **conv.RULES,
+    **conv_transpose.RULES,
+    **elementwise.RULES,
+    **linear.RULES,
+    **pool.RULES,
+    **shape.RULES,
+}
 
 
 def rule_for(op: str, name: str) -> Rule:

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from edgetune.autodiff.builder import GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node
 from edgetune.autodiff.rule import Context, Rule, Stored, Want
+from edgetune.autodiff.rules.weight_gradient import emit_batch_rank, emit_weight_gradient
 from edgetune.codecs import Hosvd, Svd
-from edgetune.codecs.base import Encoded, Use
+from edgetune.codecs.base import Use
+from edgetune.codecs.hosvd import emit_spatial
 
 
 @dataclass(frozen=True)
@@ -174,46 +176,35 @@ def _backward(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping
 def _weight_gradient(ctx: Context, node: Node, geometry: Geometry, dy: str) -> str:
     stored = ctx.stored(node.inputs[0], geometry.groups)
     shape = ctx.graph.shapes[node.inputs[1]]
-    encoded = stored.encoded
-    letters = list(encoded.bases)
-    inputs = [dy, *encoded.stored, *encoded.bases.values()]
 
-    def body(g: GraphBuilder, names: Sequence[str]) -> str:
-        count = 1 + len(encoded.stored)
-        local = Encoded(tuple(names[1:count]), dict(zip(letters, names[count:], strict=True)), None)
-        inner = Stored(stored.codec, stored.saved, local)
-        rule = _IN_FACTORS.get(stored.codec.name, decoded_weight_gradient)
-        dw = rule(g, inner, names[0], geometry)
+    def rule(g: GraphBuilder, inner: Stored, dy: str) -> str:
+        dw = _IN_FACTORS.get(inner.codec.name, _decoded_weight_gradient)(g, inner, dy, geometry)
         return dw if geometry.groups == 1 else str(g.op("Reshape", dw, g.const(list(shape)), hint="dw"))
 
-    label = "_".join(["ConvWeightGrad", stored.codec.name, *letters, geometry.label, f"w{shape[0]}x{shape[1]}"])
-    return ctx.function(label, inputs, "dw", body)
+    label = f"ConvWeightGrad_{geometry.label}_w{shape[0]}x{shape[1]}"
+    return emit_weight_gradient(ctx, stored, dy, label, rule)
 
 
-def decoded_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: Geometry) -> str:
+def _decoded_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: Geometry) -> str:
     """Emit the default of every codec: decode, then the ordinary taps."""
     decoded = stored.codec.emit_decode(g, stored.encoded, stored.saved)
     return weight_gradient_taps(g, decoded, dy, geometry)
 
 
-def _batch_rank(g: GraphBuilder, factor: str, dy: str, geometry: Geometry) -> str:
-    """Emit Z1[r1,o,y,x] = Σ_b U¹[b,r1] · dY[b,o,y,x] (eq. 20)."""
-    transposed = g.op("Transpose", factor, perm=[1, 0], hint="factor_t")
-    z1 = g.op("MatMul", transposed, g.op("Flatten", dy, axis=1, hint="dy_flat"), hint="z1")
-    channels = -1  # the ranks are unknown here, so the leading axis is copied and the channels are inferred
-    return str(g.op("Reshape", z1, g.const([0, channels, *geometry.output]), hint="z1"))
+def emit_batch_rank_of_image(g: GraphBuilder, stored: Stored, dy: str, positions: Sequence[int]) -> str:
+    """Emit Z1[r1,o,y,x] = Σ_b U¹[b,r1] · dY[b,o,y,x] (eq. 20); ``positions`` are the extents of y and x."""
+    # The rank is unknown here, so the leading axis is copied and the channels are inferred.
+    return str(g.op("Reshape", emit_batch_rank(g, stored, dy), g.const([0, -1, *positions]), hint="z1"))
 
 
 def _svd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: Geometry) -> str:
-    factor, core = stored.encoded.stored
-    return weight_gradient_taps(g, core, _batch_rank(g, factor, dy, geometry), geometry)
+    z1 = emit_batch_rank_of_image(g, stored, dy, geometry.output)
+    return weight_gradient_taps(g, stored.encoded.stored[1], z1, geometry)
 
 
 def _hosvd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: Geometry) -> str:
-    hosvd = stored.codec
-    assert isinstance(hosvd, Hosvd)
-    z1 = _batch_rank(g, stored.encoded.stored[0], dy, geometry)
-    z3 = hosvd.emit_spatial(g, stored.encoded, stored.saved)  # [r1, g, r2, h, w]
+    z1 = emit_batch_rank_of_image(g, stored, dy, geometry.output)
+    z3 = emit_spatial(g, stored.encoded, stored.saved)  # [r1, g, r2, *positions]
     if geometry.groups == 1:
         z3 = g.op("Reshape", z3, g.const([0, -1, *geometry.input]), hint="z3")
     z4 = weight_gradient_taps(g, z3, z1, geometry)  # [o, r2, *kernel] or [g, o, r2, *kernel] (eq. 23)
@@ -221,7 +212,7 @@ def _hosvd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: G
         return z4
     basis = stored.encoded.bases["c"]  # [g, c, r2]
     if geometry.groups == 1:  # eq. 24 as the paper has it, a 1×1 convolution: it writes dW where it belongs
-        channels = stored.saved.shape[0]
+        channels = stored.saved.channels
         kernel = g.op("Reshape", basis, g.const([channels, -1, *[1] * len(geometry.kernel)]), hint="basis")
         return str(g.op("Conv", z4, kernel, hint="dw"))
     outputs = geometry.out_channels // geometry.groups

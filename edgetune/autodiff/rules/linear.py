@@ -1,36 +1,90 @@
-"""Reverse rules of Gemm and MatMul, as linear layers and as products of two activations.
+"""Reverse rules of linear layers: Gemm (inputs of two axes) and Linear (any number of axes, the channels last).
 
-    Y = X·W:   dX = dY·Wᵀ,   dW = Xᵀ·dY          (HOSVD paper, eq. 15-16)
+    Y[b,h,w,o] = Σ_c X[b,h,w,c]·W[o,c]:   dX = dY·W,   dW[o,c] = Σ_b,h,w dY[b,h,w,o]·X[b,h,w,c]     (eq. 15-16)
 
-For a Tucker codec dW stays in the factors: X ≈ U¹·S·U²ᵀ gives dW = U²·(Sᵀ·(U¹ᵀ·dY)).
+For a Tucker codec dW stays in the factors (HOSVD paper): with X ≈ S ×₁U¹ ×₂U² ×₃U³ ×₄U⁴
+
+    Z[r1,r2,r3,o] = Σ_b,h,w U¹[b,r1]·U²[h,r2]·U³[w,r3]·dY[b,h,w,o]
+    dW[o,c]       = Σ_r4 ( Σ_r1,r2,r3 Z[r1,r2,r3,o]·S[r1,r2,r3,r4] )·U⁴[c,r4]
+
+``Linear`` is no operator of ONNX but this project's own: inputs (x [.., c], W, bias [o] if any), output [.., o]. Its
+attributes: ``transposed``, 1 where W is [o, c] as torch has it and 0 where it is [c, o]; ``shape``, the output's shape
+with -1 for the batch. :func:`emit_linear` writes it in standard operators.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from onnx import helper
 
 from edgetune.autodiff.builder import GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node
 from edgetune.autodiff.rule import Context, Rule, Stored, Want, unbroadcast
+from edgetune.autodiff.rules.weight_gradient import emit_batch_rank, emit_weight_gradient
 from edgetune.codecs import Hosvd, Svd
-from edgetune.codecs.base import Encoded, Use
+from edgetune.codecs.base import Use
+from edgetune.codecs.hosvd import emit_batch_first
+from edgetune.codecs.tucker import emit_matrix, emit_project_positions
 from edgetune.errors import UnsupportedOperatorError
 
 
+def emit_linear(g: GraphBuilder, node: Node) -> None:
+    """Emit a Linear node as one matrix product over all rows; both changes of shape are views."""
+    shape = [int(extent) for extent in node.attributes["shape"]]
+    x, *rest = node.inputs
+    if len(shape) == 2:
+        rows, product = x, node.outputs[0]
+    else:
+        rows = g.op("Flatten", x, axis=len(shape) - 1, hint="rows")
+        product = g.fresh("product")
+    inputs = [rows, *(name for name in rest if name)]
+    name = node.name if len(shape) == 2 else product
+    g.nodes.append(helper.make_node("Gemm", inputs, [product], name=name, transB=int(node.attributes["transposed"])))
+    if len(shape) > 2:
+        g.nodes.append(helper.make_node("Reshape", [product, g.const(shape)], list(node.outputs), name=node.name))
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The static numbers of one linear layer: W is [o, c] if ``transposed``, else [c, o]; dW is scaled by ``alpha``."""
+
+    inputs: int
+    outputs: int
+    transposed: bool
+    alpha: float = 1.0
+
+    @staticmethod
+    def of(graph: ForwardGraph, node: Node, transposed: bool, alpha: float = 1.0) -> _Layer:
+        """Read the layer of a node whose second input is the weight."""
+        shape = graph.shapes[node.inputs[1]]
+        outputs, inputs = shape if transposed else shape[::-1]
+        return _Layer(inputs, outputs, transposed, alpha)
+
+
 def _is_weight(graph: ForwardGraph, name: str) -> bool:
-    """A weight has no batch axis."""
-    return 0 not in graph.shapes[name]
+    """A weight has two axes, neither of them the batch."""
+    return len(graph.shapes[name]) == 2 and all(extent > 0 for extent in graph.shapes[name])
 
 
 def _wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:
-    a, b = node.inputs[:2]
-    linear = _is_weight(graph, b) and len(graph.shapes[b]) == 2
-    wants = []
+    return [Want(node.inputs[0], Use.WEIGHT_GRAD, channels_last=True)] if 1 in wrt else []
+
+
+def _linear(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
+    g = ctx.g
+    layer = _Layer.of(ctx.graph, node, bool(node.attributes["transposed"]))
+    gradients: dict[int, str] = {}
+    if 2 in wrt:
+        rows = g.op("Reshape", dy, g.const([-1, layer.outputs]), hint="dy_rows")
+        gradients[2] = g.op("ReduceSum", rows, g.const([0]), keepdims=0, hint="db")
     if 1 in wrt:
-        wants.append(Want(a, Use.WEIGHT_GRAD if linear else Use.VALUE, channels_last=linear))
-    if 0 in wrt and not linear:
-        wants.append(Want(b, Use.VALUE))
-    return wants
+        gradients[1] = _weight_gradient(ctx, node, dy, layer)
+    if 0 in wrt:
+        gradients[0] = _input_gradient(ctx, node, dy, layer)
+    return gradients
 
 
 def _gemm(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
@@ -40,16 +94,23 @@ def _gemm(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int
         )
     g = ctx.g
     alpha, beta = float(node.attributes.get("alpha", 1.0)), float(node.attributes.get("beta", 1.0))
-    trans_b = int(node.attributes.get("transB", 0))
+    layer = _Layer.of(ctx.graph, node, bool(node.attributes.get("transB", 0)), alpha)
     gradients: dict[int, str] = {}
     if 2 in wrt:
         scaled = dy if beta == 1.0 else g.op("Mul", dy, g.const(beta), hint="dc")
         gradients[2] = unbroadcast(ctx, scaled, node.inputs[2], node.outputs[0])
     if 1 in wrt:
-        gradients[1] = _weight_gradient(ctx, node, dy, bool(trans_b), alpha)
+        gradients[1] = _weight_gradient(ctx, node, dy, layer)
     if 0 in wrt:
-        gradients[0] = g.op("Gemm", dy, node.inputs[1], alpha=alpha, transB=1 - trans_b, hint="dx")
+        gradients[0] = _input_gradient(ctx, node, dy, layer)
     return gradients
+
+
+def _matmul_wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:
+    a, b = node.inputs
+    if _is_weight(graph, b):
+        return _wants(graph, node, wrt)
+    return [Want(name, Use.VALUE) for i, name in ((1, a), (0, b)) if i in wrt]
 
 
 def _matmul(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
@@ -57,13 +118,12 @@ def _matmul(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[i
     a, b = node.inputs
     shape_a, shape_b = graph.shapes[a], graph.shapes[b]
     gradients: dict[int, str] = {}
-    if _is_weight(graph, b) and len(shape_b) == 2:
-        flat = dy if len(shape_a) == 2 else g.op("Reshape", dy, g.const([-1, shape_b[1]]), hint="dy_flat")
+    if _is_weight(graph, b):
+        layer = _Layer.of(graph, node, transposed=False)
         if 1 in wrt:
-            gradients[1] = _weight_gradient(ctx, node, flat, False, 1.0)
+            gradients[1] = _weight_gradient(ctx, node, dy, layer)
         if 0 in wrt:
-            dx = g.op("Gemm", flat, b, transB=1, hint="dx")
-            gradients[0] = dx if len(shape_a) == 2 else g.op("Reshape", dx, g.const([-1, *shape_a[1:]]), hint="dx")
+            gradients[0] = _input_gradient(ctx, node, dy, layer)
         return gradients
     if len(shape_a) != len(shape_b) or len(shape_a) < 3:
         raise UnsupportedOperatorError(
@@ -80,43 +140,71 @@ def _matmul(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[i
     return gradients
 
 
-def _weight_gradient(ctx: Context, node: Node, dy: str, transposed: bool, alpha: float) -> str:
-    """Emit dW [o, c] if ``transposed``, else [c, o]; ``dy`` is [rows, o]."""
-    stored = ctx.stored(node.inputs[0], 1)
-    encoded, letters = stored.encoded, list(stored.encoded.bases)
-    features = ctx.graph.shapes[node.inputs[0]][-1]
-
-    def body(g: GraphBuilder, names: Sequence[str]) -> str:
-        count = 1 + len(encoded.stored)
-        local = Encoded(tuple(names[1:count]), dict(zip(letters, names[count:], strict=True)), None)
-        inner = Stored(stored.codec, stored.saved, local)
-        if stored.codec.name in (Hosvd.name, Svd.name) and len(stored.saved.shape) == 1:
-            return _in_factors(g, inner, names[0], transposed, alpha)
-        x = stored.codec.emit_decode(g, local, stored.saved)
-        if len(stored.saved.shape) > 1:
-            x = g.op("Reshape", x, g.const([-1, features]), hint="x_flat")
-        pair = (names[0], x) if transposed else (x, names[0])
-        return str(g.op("Gemm", *pair, transA=1, alpha=alpha, hint="dw"))
-
-    parts = ["LinearWeightGrad", stored.codec.name, *letters, "x".join(map(str, stored.saved.shape))]
-    label = "_".join([*parts, "oc" if transposed else "co", f"{alpha:g}".replace(".", "p").replace("-", "m")])
-    return ctx.function(label, [dy, *encoded.stored, *encoded.bases.values()], "dw", body)
+def _input_gradient(ctx: Context, node: Node, dy: str, layer: _Layer) -> str:
+    """Emit dX, in the shape of X."""
+    g, x = ctx.g, node.inputs[0]
+    many = len(ctx.graph.shapes[x]) > 2
+    rows = g.op("Reshape", dy, g.const([-1, layer.outputs]), hint="dy_rows") if many else dy
+    dx = g.op("Gemm", rows, node.inputs[1], alpha=layer.alpha, transB=int(not layer.transposed), hint="dx")
+    return str(g.op("Reshape", dx, g.const(ctx.graph.reshape_target(x)), hint="dx") if many else dx)
 
 
-def _in_factors(g: GraphBuilder, stored: Stored, dy: str, transposed: bool, alpha: float) -> str:
-    factor, core = stored.encoded.stored
-    z1 = g.op("Gemm", factor, dy, transA=1, alpha=alpha, hint="z1")  # [r1, o]
-    basis = stored.encoded.bases.get("c")
-    if basis is not None:
-        basis = g.op("Reshape", basis, g.const([stored.saved.shape[0], -1]), hint="basis")
-    if transposed:
-        dw = g.op("Gemm", z1, core, transA=1, hint="dw")  # [o, r2]
-        return str(dw if basis is None else g.op("Gemm", dw, basis, transB=1, hint="dw"))
-    dw = g.op("Gemm", core, z1, transA=1, hint="dw")  # [r2, o]
-    return str(dw if basis is None else g.op("MatMul", basis, dw, hint="dw"))
+def _weight_gradient(ctx: Context, node: Node, dy: str, layer: _Layer) -> str:
+    """Emit dW, in the shape of W."""
+    stored = ctx.stored(node.inputs[0], channels_last=True)
 
+    def rule(g: GraphBuilder, inner: Stored, dy: str) -> str:
+        return _IN_FACTORS.get(inner.codec.name, _decoded_weight_gradient)(g, inner, dy, layer)
+
+    shapes = ["x".join(map(str, (*stored.saved.shape, layer.outputs))), "oc" if layer.transposed else "co"]
+    alpha = [] if layer.alpha == 1.0 else [f"{layer.alpha:g}".replace(".", "p").replace("-", "m")]
+    return emit_weight_gradient(ctx, stored, dy, "_".join(["LinearWeightGrad", *shapes, *alpha]), rule)
+
+
+def _product(g: GraphBuilder, x: str, dy: str, layer: _Layer) -> str:
+    """Emit α·Σ_n of rows ``x`` [n, c] and ``dy`` [n, o]: [o, c] or [c, o], as the weight has it."""
+    pair = (dy, x) if layer.transposed else (x, dy)
+    return str(g.op("Gemm", *pair, transA=1, alpha=layer.alpha, hint="dw"))
+
+
+def _decoded_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, layer: _Layer) -> str:
+    """Emit the default of every codec: decode, then the ordinary rule."""
+    x = stored.codec.emit_decode(g, stored.encoded, stored.saved)
+    x = g.op("Reshape", x, g.const([-1, layer.inputs]), hint="x_rows")
+    return _product(g, x, g.op("Reshape", dy, g.const([-1, layer.outputs]), hint="dy_rows"), layer)
+
+
+def _svd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, layer: _Layer) -> str:
+    z1 = emit_batch_rank(g, stored, _by_sample(g, stored, dy, layer))
+    core = g.op("Reshape", stored.encoded.stored[1], g.const([-1, layer.inputs]), hint="core_rows")
+    return _product(g, core, g.op("Reshape", z1, g.const([-1, layer.outputs]), hint="z1_rows"), layer)
+
+
+def _hosvd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, layer: _Layer) -> str:
+    positions, bases = stored.saved.positions, stored.encoded.bases
+    z = emit_batch_rank(g, stored, _by_sample(g, stored, dy, layer))
+    core = emit_batch_first(g, stored.encoded, stored.saved)
+    if positions:
+        z = g.op("Reshape", z, g.const([0, *positions, layer.outputs]), hint="z1")
+        z = emit_project_positions(g, z, positions, bases, lead=1, trail=(layer.outputs,))
+        z = g.op("Flatten", z, axis=1 + len(positions), hint="z_rows")
+        core = g.op("Flatten", core, axis=1 + len(positions), hint="core_rows")
+    dw = _product(g, core, z, layer)  # [o, rc] or [rc, o]
+    if "c" not in bases:
+        return dw
+    basis = emit_matrix(g, bases["c"], layer.inputs)
+    return str(g.op("Gemm", dw, basis, transB=1, hint="dw") if layer.transposed else g.op("MatMul", basis, dw))
+
+
+def _by_sample(g: GraphBuilder, stored: Stored, dy: str, layer: _Layer) -> str:
+    """Emit dY, which has any axes in front of o, as [b, *positions, o] joined to [b, n]."""
+    return str(g.op("Reshape", dy, g.const([-1, math.prod(stored.saved.positions) * layer.outputs]), hint="dy_samples"))
+
+
+_IN_FACTORS = {Svd.name: _svd_weight_gradient, Hosvd.name: _hosvd_weight_gradient}
 
 RULES = {
     "Gemm": Rule(_wants, _gemm, "its input, through a codec"),
-    "MatMul": Rule(_wants, _matmul, "its input, through a codec (two activations: both)"),
+    "Linear": Rule(_wants, _linear, "its input, through a codec"),
+    "MatMul": Rule(_matmul_wants, _matmul, "its input, through a codec (two activations: both)"),
 }
