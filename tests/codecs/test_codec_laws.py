@@ -26,10 +26,12 @@ def cases(draw: st.DrawFn) -> tuple[Array, Saved]:
     """A batch and what is said of it: odd sizes, batch 1, linear and convolution inputs, every group count."""
     batch = draw(st.integers(1, 7))
     if draw(st.booleans()):
-        saved = Saved("layer", (draw(st.integers(1, 13)),))
+        positions = draw(st.lists(st.integers(1, 5), max_size=3))
+        saved = Saved("layer", (*positions, draw(st.integers(1, 13))), channels_last=True)
     else:
         groups, channels = draw(st.sampled_from([(1, 1), (1, 4), (1, 5), (2, 4), (2, 6), (3, 3), (4, 4)]))
-        saved = Saved("layer", (channels, draw(st.integers(1, 7)), draw(st.integers(1, 7))), groups)
+        positions = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+        saved = Saved("layer", (channels, *positions), groups)
     kind, seed = draw(st.sampled_from(KINDS)), draw(st.integers(0, 2**16))
     return tensor(kind, (batch, *saved.shape), seed), saved
 
@@ -53,8 +55,8 @@ def tensor(kind: str, shape: tuple[int, ...], seed: int) -> Array:
 
 def extents(codec: Codec, saved: Saved, batch: int) -> dict[str, tuple[int, int]]:
     """Return (groups, size) of every mode that gets a rank."""
-    sizes = {"b": (1, batch), "c": (saved.groups, saved.shape[0] // saved.groups)}
-    sizes |= {letter: (1, n) for letter, n in zip("hw", saved.shape[1:], strict=False)}
+    sizes = {letter: (1, n) for letter, n in {"b": batch, **saved.extents()}.items()}
+    sizes["c"] = (saved.groups, sizes["c"][1])
     return {letter: sizes[letter] for letter in codec.letters(saved)}
 
 
@@ -159,10 +161,13 @@ def test_law_3_the_emitted_nodes_compute_what_the_oracle_does(
 
 
 @pytest.mark.parametrize("name", CODECS)
-@pytest.mark.parametrize("shape", [(5, 6, 7), (11,)])
-def test_law_3_with_a_decaying_spectrum_the_decoded_tensors_agree(name: str, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("shape", [(11,), (5, 12), (5, 6, 7), (3, 4, 2, 6)])
+def test_law_3_with_a_decaying_spectrum_the_decoded_tensors_agree(
+    name: str, shape: tuple[int, ...], last: bool
+) -> None:
     """Where the spectrum decays the batch mode's subspace is well defined; otherwise any of several is right."""
-    rng, codec, saved = np.random.default_rng(3), CODECS[name], Saved("layer", shape)
+    rng, codec, saved = np.random.default_rng(3), CODECS[name], Saved("layer", shape, channels_last=last)
     x = decaying_rows(rng, 6, math.prod(shape)).reshape(6, *shape)
     bases = bases_for(codec, saved, 6, seed=2, full=True)
     if "b" in bases:
@@ -203,16 +208,16 @@ def test_hosvd_keeps_no_less_than_the_hosvd_bound(case: tuple[Array, Saved], see
     assume(float(np.abs(x).max()) > 0 and len(x) > 1)
     rng = np.random.default_rng(seed)
     bases, lost = {}, 0.0
-    wide = x.astype(np.float64).reshape(len(x), saved.groups, -1, *saved.shape[1:])
+    wide = x.astype(np.float64)
     total = float(np.square(wide).sum())
     for letter, (groups, size) in extents(codec, saved, len(x)).items():
         rank = int(rng.integers(1, size + 1))
         if letter == "b":
             bases["b"] = rng.standard_normal((len(x), size)).astype(np.float32)
             continue
-        axis = 2 if letter == "c" else {"h": 3, "w": 4}[letter]
-        parts = [wide[:, g] for g in range(groups)] if letter == "c" else [wide]
-        rows = [np.moveaxis(p, axis - (letter == "c"), 0).reshape(size, -1) for p in parts]
+        axis = 1 + list(saved.extents()).index(letter)
+        parts = np.split(wide, groups, axis) if letter == "c" else [wide]
+        rows = [np.moveaxis(part, axis, 0).reshape(size, -1) for part in parts]
         decompositions = [np.linalg.svd(r, full_matrices=True) for r in rows]
         bases[letter] = np.stack([u[:, :rank] for u, _, _ in decompositions]).astype(np.float32)
         lost += sum(float(np.square(s[rank:]).sum()) for _, s, _ in decompositions)
@@ -234,12 +239,25 @@ def test_unknown_codec_lists_the_known_ones() -> None:
         (Saved("l", (6, 4, 5), groups=6), ("b", "h", "w")),
         (Saved("l", (6, 1, 5)), ("b", "c", "w")),
         (Saved("l", (6, 1, 1)), ("b", "c")),
+        (Saved("l", (6, 5)), ("b", "c", "w")),
+        (Saved("l", (6, 3, 4, 5)), ("b", "c", "z", "h", "w")),
+        (Saved("l", (6, 1, 4, 5), groups=6), ("b", "h", "w")),
+        (Saved("l", (6,), channels_last=True), ("b", "c")),
+        (Saved("l", (5, 6), channels_last=True), ("b", "w", "c")),
+        (Saved("l", (4, 5, 6), channels_last=True), ("b", "h", "w", "c")),
+        (Saved("l", (3, 1, 5, 6), channels_last=True), ("b", "z", "w", "c")),
+        (Saved("l", (4, 1), channels_last=True), ("b", "w")),
     ],
 )
 def test_hosvd_cuts_no_mode_that_is_one_long(saved: Saved, letters: tuple[str, ...]) -> None:
     assert CODECS["hosvd"].letters(saved) == letters
     assert CODECS["svd"].letters(saved) == ("b",)
     assert CODECS["dense"].letters(saved) == ()
+
+
+def test_more_position_axes_than_letters_are_an_error() -> None:
+    with pytest.raises(ValueError, match=r"'l' of shape \(2, 2, 2, 2, 3\) has more position axes than 3"):
+        Saved("l", (2, 2, 2, 2, 3), channels_last=True).extents()
 
 
 def test_the_energy_of_zeros_is_one() -> None:

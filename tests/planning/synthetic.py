@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from edgetune.bundle import (
@@ -19,6 +21,7 @@ from edgetune.bundle import (
     TensorUse,
     Workspace,
 )
+from edgetune.codecs import Saved
 from edgetune.planning.sizes import rank_symbol
 from edgetune.planning.spectra import Calibration, Spectrum
 
@@ -40,21 +43,21 @@ def graph(
     return GraphSpec(f"{name}.onnx", f"{name}.flat.onnx", (), (), nodes, tuple(tensors), workspaces)
 
 
-def saved_spec(name: str, shape: tuple[int, int, int], letters: str, groups: int) -> SavedSpec:
-    """A saved convolution input; ``letters`` names the truncated modes ("" for the dense codec)."""
-    channels, height, width = shape
-    size = {"b": None, "c": channels // groups, "h": height, "w": width}
+def saved_spec(name: str, shape: tuple[int, ...], letters: str, groups: int, *, last: bool = False) -> SavedSpec:
+    """A saved convolution input, or (``last``) a linear layer's; ``letters`` names the truncated modes ("" for the
+    dense codec)."""
+    size: dict[str, int | None] = {"b": None, **Saved(name, shape, groups, last).extents()}
     modes = tuple(
         ModeSpec(x, size[x], groups if x == "c" else 1, rank_symbol(name, x), f"basis.{name}.{x}") for x in letters
     )
     stored = (f"{name}.core",) + ((f"{name}.factor_b",) if "b" in letters else ())
     if not modes:
         return SavedSpec(name, (name,), "dense", {}, shape, stored=(f"{name}.x",))
-    return SavedSpec(name, (name,), "hosvd", {}, shape, groups, modes, f"{name}.energy", stored)
+    return SavedSpec(name, (name,), "hosvd", {}, shape, groups, modes, f"{name}.energy", stored, last)
 
 
 def manifest(
-    shapes: list[tuple[int, int, int]],
+    shapes: Sequence[tuple[int, ...]],
     *,
     letters: str = "bchw",
     groups: int = 1,
@@ -63,7 +66,7 @@ def manifest(
     filler: int = 0,
     workspace_elements: int = 0,
 ) -> Manifest:
-    """A chain of layers whose inputs have the given (channels, height, width).
+    """A chain of layers whose inputs have the given (channels, *positions).
 
     Forward node i makes the input of layer i + 1 and encodes its own; backward node n + j handles layer n - 1 - j.
     ``filler`` adds that many small constants and short-lived tensors to the trunk, the train and the predict graph.
@@ -79,7 +82,8 @@ def manifest(
         if spec.modes:
             last = i  # the encoder reads it; after that the core stands for it
             rank = {m.letter: m.rank for m in spec.modes}
-            core = " ".join(rank.get(x, w) for x, w in zip("bchw", dense[i].split(), strict=True))
+            order = ["b", *Saved(spec.name, spec.shape, groups).extents()]
+            core = " ".join(rank.get(x, w) for x, w in zip(order, dense[i].split(), strict=True))
             if "c" in rank and groups > 1:
                 core = core.replace(rank["c"], f"{groups}*{rank['c']}")
             train.append(use(f"{spec.name}.core", core, "saved", i, back))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 
@@ -13,12 +14,14 @@ from hypothesis.extra import numpy as hnp
 from safetensors.numpy import save_file
 
 from edgetune.bundle import Array, SavedSpec
+from edgetune.codecs import Saved
 from edgetune.errors import DataError, StateError, StorageError, UsageError
 from edgetune.planning.spectra import (
     Calibration,
     Spectrum,
     breakpoints,
     captured_energy_bound,
+    fractions,
     identity_calibration,
     rank_at,
     ranks_at,
@@ -230,3 +233,29 @@ def test_a_refused_write_keeps_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(StorageError):
         calibration.save(path)
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("shape", "letters", "last"),
+    [
+        ((6, 9), "bcw", False),
+        ((6, 3, 4, 5), "bczhw", False),
+        ((6,), "bc", True),
+        ((7, 6), "bwc", True),
+        ((3, 4, 5, 6), "bzhwc", True),
+    ],
+)
+def test_every_mode_of_any_layer_has_a_rank_and_a_share_of_the_energy(
+    shape: tuple[int, ...], letters: str, last: bool
+) -> None:
+    described = manifest([(4, 4, 4)])
+    spec = saved_spec("l0", shape, letters, 1, last=last)
+    described = dataclasses.replace(described, saved=(spec,))
+    full = {"b": 8, **Saved("l0", shape, channels_last=last).extents()}
+    assert ranks_at(described, identity_calibration(described, 8), 1.0, 8) == {"l0": full}
+    calibration = decaying_calibration(described, 8, seed=1)
+    ranks = ranks_at(described, calibration, 0.7, 8)["l0"]
+    assert list(ranks) == list(letters) and all(1 <= ranks[letter] <= full[letter] for letter in letters)
+    bound = captured_energy_bound(spec, calibration, ranks, 8)
+    lost = [1 - fractions(spectrum)[ranks[k] - 1] for k, spectrum in calibration.spectra["l0"].items()]
+    assert bound == pytest.approx(max(0.0, 1 - sum(lost)))

@@ -35,10 +35,17 @@ def _geometry(graph: ForwardGraph, node: Node) -> Geometry:
         )
     weight = graph.shapes[node.inputs[1]]
     spatial = len(weight) - 2
+    strides = tuple(node.attributes.get("strides", (1,) * spatial))
+    extra = tuple(node.attributes.get("output_padding", (0,) * spatial))
+    if any(more >= stride for more, stride in zip(extra, strides, strict=True)):
+        raise UnsupportedOperatorError(
+            f"ConvTranspose '{node.name}': its output_padding {extra} must be smaller than its strides {strides}; "
+            "onnxruntime computes no other"
+        )
     pads = tuple(node.attributes.get("pads", (0,) * (2 * spatial)))
     return Geometry(
         groups=int(node.attributes.get("group", 1)),
-        strides=tuple(node.attributes.get("strides", (1,) * spatial)),
+        strides=strides,
         dilations=tuple(node.attributes.get("dilations", (1,) * spatial)),
         pads_begin=pads[:spatial],
         pads_end=pads[spatial:],
@@ -68,8 +75,8 @@ def _backward(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping
 
 
 def _convolution(g: GraphBuilder, dy: str, weight: str, geometry: Geometry) -> str:
-    """Emit dX. An output padding that exceeds the stride (a dilation allows it) leaves positions that no X reached."""
-    dx = g.op(
+    """Emit dX. An output padding below the stride leaves no position over."""
+    name = g.op(
         "Conv",
         dy,
         weight,
@@ -80,18 +87,7 @@ def _convolution(g: GraphBuilder, dy: str, weight: str, geometry: Geometry) -> s
         pads=[*geometry.pads_begin, *geometry.pads_end],
         kernel_shape=list(geometry.kernel),
     )
-    reached = [
-        (size + begin + end - dilation * (kernel - 1) - 1) // stride + 1
-        for size, begin, end, dilation, kernel, stride in zip(
-            geometry.input, geometry.pads_begin, geometry.pads_end, geometry.dilations, geometry.kernel,
-            geometry.strides, strict=True,
-        )
-    ]  # fmt: skip
-    if tuple(reached) == geometry.output:
-        return str(dx)
-    axes = list(range(2, 2 + len(reached)))
-    bounds = [g.const(list(values)) for values in ([0] * len(reached), geometry.output, axes)]
-    return str(g.op("Slice", dx, *bounds, hint="dx"))
+    return str(name)
 
 
 def _weight_gradient(ctx: Context, node: Node, geometry: Geometry, dy: str) -> str:
