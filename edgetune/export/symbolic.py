@@ -43,7 +43,24 @@ def symbolic_shapes(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
     symbols = dict.fromkeys(
         d.dim_param for v in model.graph.input for d in v.type.tensor_type.shape.dim if d.HasField("dim_param")
     )
-    values = dict(zip(symbols, _primes(), strict=False))
+    primes = _primes()
+    first = _shapes_at(model, dict(zip(symbols, primes, strict=False)))
+    second = _shapes_at(model, dict(zip(symbols, primes, strict=False)))
+    # What is not a product of sizes and ranks leaves another coefficient at other primes.
+    differ = [name for name, shape in first.items() if shape != second.get(name)]
+    if differ:
+        raise ExportError(
+            f"an extent of '{differ[0]}' is not a product of sizes and ranks ({first[differ[0]]}); report this model "
+            "as a defect"
+        )
+    missing = [o for n in model.graph.node for o in n.output if o and o not in first]
+    if missing:
+        raise ExportError(f"the size of '{missing[0]}' cannot be inferred; report this model as a defect")
+    return first
+
+
+def _shapes_at(model: onnx.ModelProto, values: Mapping[str, int]) -> dict[str, tuple[str, ...]]:
+    """Return the shapes that ONNX infers where every symbol has the prime ``values`` gives it, factored back."""
     probe = onnx.ModelProto()
     probe.CopyFrom(model)
     del probe.graph.value_info[:]
@@ -61,9 +78,6 @@ def symbolic_shapes(model: onnx.ModelProto) -> dict[str, tuple[str, ...]]:
             shapes[value.name] = tuple(_expression(d.dim_value, values) for d in dims)
     for tensor in inferred.graph.initializer:
         shapes[tensor.name] = tuple(str(d) for d in tensor.dims)
-    missing = [o for n in inferred.graph.node for o in n.output if o and o not in shapes]
-    if missing:
-        raise ExportError(f"the size of '{missing[0]}' cannot be inferred; report this model as a defect")
     return shapes
 
 
@@ -73,8 +87,6 @@ def _expression(extent: int, values: Mapping[str, int]) -> str:
         while extent % prime == 0 and extent:
             extent //= prime
             factors.append(symbol)
-    if extent > _FIRST_PRIME**2:
-        raise ExportError(f"an extent of {extent} is not a product of sizes and ranks; report this model as a defect")
     return "*".join([str(extent), *factors]) if extent != 1 or not factors else "*".join(factors)
 
 

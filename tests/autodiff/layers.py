@@ -27,7 +27,7 @@ from edgetune.autodiff.reverse import Gradients, Slot, TrainedLayer, emit_gradie
 from edgetune.bundle import Array
 from edgetune.codecs import codec_named
 from edgetune.export.symbolic import symbolic_shapes
-from tests.autodiff.handmade import CLASSES
+from tests.autodiff.handmade import CLASSES, model_of
 from tests.autodiff.parity import batch_of
 
 BATCH = 5
@@ -94,6 +94,16 @@ class LayerCase:
         shapes |= {"y": output, "flat": (0, features), "z": (0, CLASSES)}
         kinds = dict.fromkeys(shapes, int(TensorProto.FLOAT))
         return ForwardGraph(nodes, ("x",), "z", constants, shapes, kinds)
+
+    def model(self) -> onnx.ModelProto:
+        """Return x -> layer (layer.weight, maybe layer.bias) -> Flatten -> Gemm (head.weight) -> y, to be exported."""
+        parameters = self.parameters()
+        constants = {f"layer.{name}": value for name, value in parameters.items() if name != "shift"}
+        constants["head.weight"] = self.graph().constants["head"]
+        layer = helper.make_node(self.op, ["x", *list(constants)[:-1]], ["a"], **self.attributes)
+        nodes = [layer, helper.make_node("Flatten", ["a"], ["f"])]
+        nodes.append(helper.make_node("Gemm", ["f", "head.weight"], ["y"]))
+        return model_of(nodes, self.shape, constants)
 
     def batch(self) -> tuple[Array, Array]:
         """Return inputs and targets."""

@@ -19,6 +19,7 @@ from edgetune.bundle import Array, Bundle, SavedSpec
 from edgetune.codecs import CODECS, Saved
 from edgetune.engines.session import TrainingSession
 from tests.autodiff.handmade import CLASSES, CONVS, ConvCase, linear_model
+from tests.autodiff.layers import CASES
 from tests.autodiff.parity import Bundles, batch_of, relative_error, worst_error
 
 BATCH = 6
@@ -136,6 +137,14 @@ def test_linear(bundles: Bundles, shape: tuple[int, ...], op: str, codec: str) -
         return gradient.T if op == "Gemm" else gradient
 
     check_against_decoded(bundle, "linear.weight", rule, epsilon=0.8)
+
+
+@pytest.mark.parametrize("codec", ["hosvd", "svd"])
+@pytest.mark.parametrize("name", ["conv1d everything", "conv3d everything", "conv3d depthwise", "conv3d flat"])
+def test_convolutions_of_other_than_two_positions(bundles: Bundles, name: str, codec: str) -> None:
+    case = CASES[name]
+    bundle = bundles.onnx(name, case.model, last=1, codec=codec)
+    check_against_decoded(bundle, "layer.weight", case.weight_gradient, epsilon=0.8)
 
 
 def torch_gradients(run: Callable[..., Any], parameters: dict[str, Array], x: Array, y: Array) -> dict[str, Array]:
