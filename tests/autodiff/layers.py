@@ -159,26 +159,12 @@ class Emitted:
     def model(self, wanted: Sequence[str]) -> onnx.ModelProto:
         """Return the flat model; its inputs name the batch and the ranks as an exported one does."""
         parameters, saved = self.case.parameters(), self.slot.saved
-        inputs: dict[str, list[int | str | None]] = {"x": ["batch", *self.case.shape], "targets": ["batch"]}
+        inputs: dict[str, Sequence[int | str | None]] = {"x": ["batch", *self.case.shape], "targets": ["batch"]}
         inputs |= {name: list(value.shape) for name, value in parameters.items()}
         for letter, name in self.slot.bases:
             size = [saved.groups if letter == "c" else 1, self.extents()[letter]]
             inputs[name] = [*(["batch"] if letter == "b" else size), f"rank.{letter}"]
-        kinds = {"targets": TensorProto.INT64}
-        constants = {**self.graph.constants, **self.g.constants}
-        model = helper.make_model(
-            helper.make_graph(
-                self.g.nodes,
-                "train",
-                [helper.make_tensor_value_info(k, kinds.get(k, TensorProto.FLOAT), v) for k, v in inputs.items()],
-                [helper.make_empty_tensor_value_info(name) for name in dict.fromkeys(wanted)],
-                [numpy_helper.from_array(value, name) for name, value in constants.items()],
-            ),
-            opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
-            functions=list(self.library.functions.values()),
-            ir_version=8,
-        )
-        return inliner.inline_local_functions(model)
+        return train_model(self.g, self.library, self.graph, inputs, wanted)
 
     def run(self, bases: Mapping[str, Array], more: Sequence[str] = ()) -> dict[str, Array]:
         """Return loss, gradients by parameter, and the tensors ``more``; ``bases`` by letter."""
@@ -220,6 +206,32 @@ class Emitted:
             if letter == "b":
                 found["b"] = np.random.default_rng(0).standard_normal((BATCH, rank)).astype(np.float32)
         return found
+
+
+def train_model(
+    g: GraphBuilder,
+    library: FunctionLibrary,
+    graph: ForwardGraph,
+    inputs: Mapping[str, Array | Sequence[int | str | None]],
+    wanted: Sequence[str],
+) -> onnx.ModelProto:
+    """Return what was emitted into ``g`` as a flat model; ``inputs`` are the shapes by name, or arrays of them."""
+    kinds = {"targets": TensorProto.INT64}
+    dims = {name: value.shape if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
+    constants = {**graph.constants, **g.constants}
+    model = helper.make_model(
+        helper.make_graph(
+            g.nodes,
+            "train",
+            [helper.make_tensor_value_info(k, kinds.get(k, TensorProto.FLOAT), shape) for k, shape in dims.items()],
+            [helper.make_empty_tensor_value_info(name) for name in dict.fromkeys(wanted)],
+            [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET), helper.make_opsetid(DOMAIN, 1)],
+        functions=list(library.functions.values()),
+        ir_version=8,
+    )
+    return inliner.inline_local_functions(model)
 
 
 def run(model: onnx.ModelProto, feeds: Mapping[str, Array]) -> dict[str, Array]:

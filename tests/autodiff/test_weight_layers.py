@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from edgetune.autodiff.builder import FunctionLibrary, GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node
@@ -17,8 +18,9 @@ from edgetune.bundle import Array
 from edgetune.codecs import Codec, Dense, Hosvd, Svd
 from edgetune.errors import UnsupportedOperatorError
 from edgetune.planning.sizes import evaluate
-from tests.autodiff.layers import BATCH, CASES, Emitted, spread
-from tests.autodiff.parity import relative_error
+from tests.autodiff.handmade import CLASSES
+from tests.autodiff.layers import BATCH, CASES, Emitted, run, spread, train_model
+from tests.autodiff.parity import batch_of, relative_error
 
 
 @pytest.mark.parametrize("codec", ["dense", "hosvd", "svd"])
@@ -141,6 +143,37 @@ def test_images_per_sample_are_no_mode_of_a_convolution_and_so_kept_whole_for_al
     assert {slot.codec.name for slot in slots.values()} == {"dense"}
     slots = slots_of(pointwise_and_linear(lead=-2), {"linear": Hosvd()}, ["w"])
     assert slots["linear"].codec.name == "hosvd" and slots["linear"].saved.shape == (2, 6, 6, 6)
+
+
+def test_layers_of_a_constant_and_of_what_is_made_of_it_are_trained() -> None:
+    """Without a batch axis there is nothing to compress (a table of relative positions behind a small network)."""
+    rng = np.random.default_rng(5)
+    sizes = {"v": (4, 3), "w": (2, 4), "head": (10, 4), "table": (5, 3)}
+    values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in sizes.items()}
+    shapes = {**sizes, "x": (0, 5, 2), "u": (5, 4), "t": (5, 2), "s": (0, 5, 2), "flat": (0, 10), "z": (0, 4)}
+    constants: dict[str, Array] = {name: values[name] for name in ("head", "table")}
+    nodes = [
+        Node("Linear", "first", ("table", "v"), ("u",), {"transposed": 1, "shape": [5, 4]}),
+        Node("Linear", "second", ("u", "w"), ("t",), {"transposed": 1, "shape": [5, 2]}),
+        Node("Add", "sum", ("x", "t"), ("s",), {}),
+        Node("Flatten", "flattened", ("s",), ("flat",), {"axis": 1}),
+        Node("Gemm", "classified", ("flat", "head"), ("z",), {}),
+    ]
+    graph = ForwardGraph(nodes, ("x",), "z", constants, shapes)
+    g, library = GraphBuilder(taken=set(shapes)), FunctionLibrary()
+    layers = {name: TrainedLayer(name, Hosvd()) for name in ("first", "second")}
+    made = emit_gradients(g, library, graph, layers, ["v", "w"], "targets", "cross_entropy", 0.0)
+    assert [slot.codec.name for slot in made.slots] == ["dense", "dense"]
+    assert "table" not in made.kept
+
+    x, targets = batch_of((5, 2), BATCH, CLASSES, seed=0)
+    feeds = {"x": x, "targets": targets, "v": values["v"], "w": values["w"]}
+    found = run(train_model(g, library, graph, feeds, list(made.parameters.values())), feeds)
+    p = {name: torch.from_numpy(value).double().requires_grad_(name in "vw") for name, value in values.items()}
+    logits = (torch.from_numpy(x).double() + p["table"] @ p["v"].T @ p["w"].T).flatten(1) @ p["head"]
+    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(targets))
+    for name, gradient in zip("vw", torch.autograd.grad(loss, [p["v"], p["w"]]), strict=True):
+        assert relative_error(found[made.parameters[name]], gradient.numpy()) <= 1e-5
 
 
 @pytest.mark.parametrize(
