@@ -12,7 +12,7 @@ from onnx import helper
 
 from edgetune.autodiff.builder import GraphBuilder
 from edgetune.autodiff.graph import Node
-from edgetune.autodiff.rules.linear import emit_linear
+from edgetune.autodiff.linear import emit_linear
 
 
 def _hard_swish(g: GraphBuilder, node: Node) -> None:

@@ -7,6 +7,7 @@ so that the gradient of ``shift`` checks dX, and torch's autograd is the oracle 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -357,6 +358,7 @@ CASES: dict[str, LayerCase] = {
     "linear of 5 axes": linear((3, 4, 5, 6), 4, transposed=0),
     "linear of 6 axes": linear((2, 3, 2, 4, 6), 4),
     "linear of one channel": linear((6, 1), 3),
+    "linear with one number as bias": dataclasses.replace(linear((6, 5), 3), bias=1),
     "linear of windows": linear((4, 6, 5), 7, windows=True),
     "linear of windows of 4 axes": linear((3, 4, 3, 5), 7, windows=True, transposed=0),
     "gemm": gemm((8,), 5),

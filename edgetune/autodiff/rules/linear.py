@@ -6,10 +6,6 @@ For a Tucker codec dW stays in the factors (HOSVD paper): with X ≈ S ×₁U¹ 
 
     Z[r1,r2,r3,o] = Σ_b,h,w U¹[b,r1]·U²[h,r2]·U³[w,r3]·dY[b,h,w,o]
     dW[o,c]       = Σ_r4 ( Σ_r1,r2,r3 Z[r1,r2,r3,o]·S[r1,r2,r3,r4] )·U⁴[c,r4]
-
-``Linear`` is no operator of ONNX but this project's own: inputs (x [.., c], W, bias [o] if any), output [.., o]. Its
-attributes: ``transposed``, 1 where W is [o, c] as torch has it and 0 where it is [c, o]; ``shape``, the output's shape
-with -1 for the batch. :func:`emit_linear` writes it in standard operators.
 """
 
 from __future__ import annotations
@@ -17,8 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-
-from onnx import helper
 
 from edgetune.autodiff.builder import GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node
@@ -29,22 +23,6 @@ from edgetune.codecs.base import Use
 from edgetune.codecs.hosvd import emit_batch_first
 from edgetune.codecs.tucker import emit_matrix, emit_project_positions
 from edgetune.errors import UnsupportedOperatorError
-
-
-def emit_linear(g: GraphBuilder, node: Node) -> None:
-    """Emit a Linear node as one matrix product over all rows; both changes of shape are views."""
-    shape = [int(extent) for extent in node.attributes["shape"]]
-    x, *rest = node.inputs
-    if len(shape) == 2:
-        rows, product = x, node.outputs[0]
-    else:
-        rows = g.op("Flatten", x, axis=len(shape) - 1, hint="rows")
-        product = g.fresh("product")
-    inputs = [rows, *(name for name in rest if name)]
-    name = node.name if len(shape) == 2 else product
-    g.nodes.append(helper.make_node("Gemm", inputs, [product], name=name, transB=int(node.attributes["transposed"])))
-    if len(shape) > 2:
-        g.nodes.append(helper.make_node("Reshape", [product, g.const(shape)], list(node.outputs), name=node.name))
 
 
 @dataclass(frozen=True)
@@ -74,12 +52,10 @@ def _wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Wan
 
 
 def _linear(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
-    g = ctx.g
     layer = _Layer.of(ctx.graph, node, bool(node.attributes["transposed"]))
     gradients: dict[int, str] = {}
     if 2 in wrt:
-        rows = g.op("Reshape", dy, g.const([-1, layer.outputs]), hint="dy_rows")
-        gradients[2] = g.op("ReduceSum", rows, g.const([0]), keepdims=0, hint="db")
+        gradients[2] = unbroadcast(ctx, dy, node.inputs[2], node.outputs[0])
     if 1 in wrt:
         gradients[1] = _weight_gradient(ctx, node, dy, layer)
     if 0 in wrt:
