@@ -24,9 +24,10 @@ from torch.nn import functional
 from edgetune.autodiff.builder import DOMAIN, OPSET, FunctionLibrary, GraphBuilder
 from edgetune.autodiff.calibrate import emit_grams
 from edgetune.autodiff.graph import ForwardGraph, Node
+from edgetune.autodiff.losses import LossConfig, loss_from
 from edgetune.autodiff.reverse import Gradients, Slot, TrainedLayer, emit_gradients
 from edgetune.bundle import Array
-from edgetune.codecs import codec_named
+from edgetune.codecs import Codec, codec_named
 from edgetune.export.symbolic import symbolic_shapes
 from tests.autodiff.handmade import CLASSES, model_of
 from tests.autodiff.parity import batch_of
@@ -93,8 +94,7 @@ class LayerCase:
         shapes = {name: value.shape for name, value in [*parameters.items(), *constants.items()]}
         shapes |= {"x": (0, *self.shape), "a": (0, *self.shape), "view_of_a": self.view}
         shapes |= {"y": output, "flat": (0, features), "z": (0, CLASSES)}
-        kinds = dict.fromkeys(shapes, int(TensorProto.FLOAT))
-        return ForwardGraph(nodes, ("x",), "z", constants, shapes, kinds)
+        return graph_of(nodes, constants, shapes)
 
     def model(self) -> onnx.ModelProto:
         """Return x -> layer (layer.weight, maybe layer.bias) -> Flatten -> Gemm (head.weight) -> y, to be exported."""
@@ -142,10 +142,7 @@ class Emitted:
     def of(case: LayerCase, codec: str) -> Emitted:
         """Emit the gradients of ``case`` with ``codec`` for the layer's input."""
         graph = case.graph()
-        g, library = GraphBuilder(taken=set(graph.shapes)), FunctionLibrary()
-        layers = {"layer": TrainedLayer("layer", codec_named(codec))}
-        made = emit_gradients(g, library, graph, layers, list(case.parameters()), "targets", "cross_entropy", 0.0)
-        return Emitted(case, graph, g, library, made)
+        return Emitted(case, graph, *emit(graph, {"layer": codec_named(codec)}, list(case.parameters())))
 
     @property
     def slot(self) -> Slot:
@@ -207,6 +204,23 @@ class Emitted:
             if letter == "b":
                 found["b"] = np.random.default_rng(0).standard_normal((BATCH, rank)).astype(np.float32)
         return found
+
+
+def graph_of(
+    nodes: Sequence[Node], constants: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
+) -> ForwardGraph:
+    """Return the forward graph from the input x to the logits z."""
+    return ForwardGraph(list(nodes), ("x",), ("z",), dict(constants), dict(shapes))
+
+
+def emit(
+    graph: ForwardGraph, codecs: Mapping[str, Codec], parameters: Sequence[str]
+) -> tuple[GraphBuilder, FunctionLibrary, Gradients]:
+    """Emit the gradients of the cross-entropy of z and ``targets``; ``codecs`` by name of the listed layers."""
+    g, library = GraphBuilder(taken=set(graph.shapes)), FunctionLibrary()
+    layers = {name: TrainedLayer(name, codec) for name, codec in codecs.items()}
+    loss = loss_from(LossConfig())
+    return g, library, emit_gradients(g, library, graph, layers, parameters, "targets", loss)
 
 
 def train_model(

@@ -11,15 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from edgetune.autodiff.builder import FunctionLibrary, GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node
-from edgetune.autodiff.reverse import Slot, TrainedLayer, emit_gradients
+from edgetune.autodiff.reverse import Slot
 from edgetune.bundle import Array
 from edgetune.codecs import Codec, Dense, Hosvd, Svd
 from edgetune.errors import UnsupportedOperatorError
 from edgetune.planning.sizes import evaluate
 from tests.autodiff.handmade import CLASSES
-from tests.autodiff.layers import BATCH, CASES, Emitted, run, spread, train_model
+from tests.autodiff.layers import BATCH, CASES, Emitted, emit, graph_of, run, spread, train_model
 from tests.autodiff.parity import batch_of, relative_error
 
 
@@ -111,13 +110,11 @@ def pointwise_and_linear(columns: int = 6, lead: int = 0) -> ForwardGraph:
         Node("Reshape", "flattened", ("s", "rows"), ("flat",), {}),
         Node("Gemm", "classified", ("flat", "head"), ("z",), {}),
     ]
-    return ForwardGraph(nodes, ("x",), "z", constants, shapes)
+    return graph_of(nodes, constants, shapes)
 
 
 def slots_of(graph: ForwardGraph, codecs: dict[str, Codec], parameters: Sequence[str]) -> dict[str, Slot]:
-    layers = {name: TrainedLayer(name, codec) for name, codec in codecs.items()}
-    g = GraphBuilder(taken=set(graph.shapes))
-    made = emit_gradients(g, FunctionLibrary(), graph, layers, parameters, "targets", "cross_entropy", 0.0)
+    made = emit(graph, codecs, parameters)[2]
     return {layer: slot for slot in made.slots for layer in slot.layers}
 
 
@@ -159,10 +156,8 @@ def test_layers_of_a_constant_and_of_what_is_made_of_it_are_trained() -> None:
         Node("Flatten", "flattened", ("s",), ("flat",), {"axis": 1}),
         Node("Gemm", "classified", ("flat", "head"), ("z",), {}),
     ]
-    graph = ForwardGraph(nodes, ("x",), "z", constants, shapes)
-    g, library = GraphBuilder(taken=set(shapes)), FunctionLibrary()
-    layers = {name: TrainedLayer(name, Hosvd()) for name in ("first", "second")}
-    made = emit_gradients(g, library, graph, layers, ["v", "w"], "targets", "cross_entropy", 0.0)
+    graph = graph_of(nodes, constants, shapes)
+    g, library, made = emit(graph, {"first": Hosvd(), "second": Hosvd()}, ["v", "w"])
     assert [slot.codec.name for slot in made.slots] == ["dense", "dense"]
     assert "table" not in made.kept
 
