@@ -140,8 +140,19 @@ def test_linear(bundles: Bundles, shape: tuple[int, ...], op: str, codec: str) -
 
 
 @pytest.mark.parametrize("codec", ["hosvd", "svd"])
-@pytest.mark.parametrize("name", ["conv1d everything", "conv3d everything", "conv3d depthwise", "conv3d flat"])
-def test_convolutions_of_other_than_two_positions(bundles: Bundles, name: str, codec: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "conv1d everything",
+        "conv3d everything",
+        "conv3d depthwise",
+        "conv3d flat",
+        "spread1d everything",
+        "spread2d everything",
+        "spread3d everything",
+    ],
+)
+def test_convolutions_of_any_number_of_axes_and_their_transposes(bundles: Bundles, name: str, codec: str) -> None:
     case = CASES[name]
     bundle = bundles.onnx(name, case.model, last=1, codec=codec)
     check_against_decoded(bundle, "layer.weight", case.weight_gradient, epsilon=0.8)
