@@ -33,7 +33,7 @@ def emit_grams(g: GraphBuilder, graph: ForwardGraph, slots: Sequence[Slot]) -> d
         measure(name)
     for node in graph.nodes:
         g.scope = node.name
-        emit_node(g, node)
+        emit_node(g, node, graph)
         for name in node.outputs:
             measure(name)
     if pending:

@@ -18,7 +18,7 @@ from edgetune.autodiff.builder import FunctionLibrary, GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node, prune
 from edgetune.autodiff.losses import EmittedLoss, Loss
 from edgetune.autodiff.lowering import emit_node
-from edgetune.autodiff.rule import FunctionBody, Rule, Stored, Want
+from edgetune.autodiff.rule import FLOATS, FunctionBody, Rule, Stored, Want
 from edgetune.autodiff.rules import rule_for
 from edgetune.codecs import Codec, Dense, Saved, Use
 from edgetune.codecs.base import POSITIONS, Encoded
@@ -207,7 +207,7 @@ class _Reverser:
                 self._kept[node.name] = rule.forward(self, node)
                 self.kept_names.extend(self._kept[node.name])
             else:
-                emit_node(self.g, node)
+                emit_node(self.g, node, self.graph)
             for name in node.outputs:
                 self._keep(name)
 
@@ -287,7 +287,8 @@ def emit_gradients(
         if not differentiable:
             continue
         rule = rule_for(node.op, node.name)
-        active.update(node.outputs)
+        # Integers and truth values carry no gradient: what is computed from them alone is not active.
+        active.update(name for name in node.outputs if graph.dtypes.get(name, FLOATS[0]) in FLOATS)
         wrt[node.name], rules[node.name] = differentiable, rule
         for want in rule.wants(graph, node, differentiable):
             reverser.memory.add(node, want)

@@ -15,6 +15,8 @@ from edgetune.autodiff.graph import ForwardGraph, Node
 from edgetune.codecs.base import Codec, Encoded, Saved, Use
 from edgetune.codecs.sign import POSITIVE, Interval
 
+FLOATS = (1, 10, 11, 16)  # onnx.TensorProto: the element types FLOAT, FLOAT16, DOUBLE, BFLOAT16
+
 
 @dataclass(frozen=True)
 class Want:
@@ -97,10 +99,12 @@ def nothing(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Wa
 
 def unbroadcast(ctx: Context, gradient: str, tensor: str, result: str) -> str:
     """Sum ``gradient`` (shaped like ``result``) over the axes along which ``tensor`` was broadcast to it."""
-    small, large = ctx.graph.shapes[tensor], ctx.graph.shapes[result]
-    if small == large:
-        return gradient
-    g, lead = ctx.g, len(large) - len(small)
+    return sum_to(ctx.g, gradient, ctx.graph.shapes[result], ctx.graph.shapes[tensor])
+
+
+def sum_to(g: GraphBuilder, gradient: str, large: Sequence[int], small: Sequence[int]) -> str:
+    """Sum ``gradient`` of the shape ``large`` over the axes along which ``small`` was broadcast to it."""
+    lead = len(large) - len(small)
     if lead:
         gradient = g.op("ReduceSum", gradient, g.const(list(range(lead))), keepdims=0, hint="summed")
     axes = [i for i, extent in enumerate(small) if extent == 1 and large[i + lead] != 1]

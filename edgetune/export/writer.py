@@ -88,7 +88,7 @@ class GraphWriter:
     def _trunk(self) -> GraphSpec:
         g = GraphBuilder(taken=set(self.graph.shapes))
         for node in self.split.trunk_nodes:
-            emit_node(g, node)
+            emit_node(g, node, self.graph)
         inputs = [self._value(name, "input") for name in self.graph.inputs if name not in self.graph.targets]
         made = {name for node in self.split.trunk_nodes for name in node.outputs}
         # A feature that is the model's own input does not pass through the trunk.
@@ -138,7 +138,7 @@ class GraphWriter:
     def _predict(self) -> GraphSpec:
         g, tail = GraphBuilder(taken=set(self.graph.shapes)), self.split.tail
         for node in prune(tail.nodes, tail.outputs):
-            emit_node(g, in_evaluation(node))
+            emit_node(g, in_evaluation(node), tail)
         # An output that no trained tensor reaches is a feature; a graph's output cannot be its input.
         features = set(self.split.features)
         emitted, outputs = {}, []

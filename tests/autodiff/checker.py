@@ -7,6 +7,7 @@ proves that the checker notices wrong rules.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,15 +16,16 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, inliner, numpy_helper
 from onnx.reference import ReferenceEvaluator
-from onnx.reference.op_run import OpRun
 
 from edgetune.autodiff.builder import DOMAIN, OPSET, FunctionLibrary, GraphBuilder
 from edgetune.autodiff.graph import BATCH, ForwardGraph, Node
 from edgetune.autodiff.losses import LossConfig, loss_from
+from edgetune.autodiff.lowering import emit_node
 from edgetune.autodiff.reverse import TrainedLayer, emit_gradients
 from edgetune.bundle import Array
 from edgetune.codecs import Dense
 from edgetune.export.shapes import infer_shapes
+from tests.autodiff.definitions import DEFINITIONS
 
 CLASSES = 3
 STEP = 1e-4
@@ -31,31 +33,19 @@ SAMPLES = 2
 COORDINATES = 24  # per tensor, drawn at random
 
 
-class MaxPool(OpRun):
-    """The operator's definition, as a loop over the window; onnx's own evaluator errs for some paddings."""
+def node(op: str, inputs: Sequence[str], output: str = "y", **attributes: Any) -> onnx.NodeProto:
+    """Return a node with one output."""
+    return helper.make_node(op, list(inputs), [output], **attributes)
 
-    op_domain = ""
 
-    def _run(
-        self,
-        x: Array,
-        kernel_shape: Sequence[int],
-        pads: Sequence[int] | None = None,
-        strides: Sequence[int] | None = None,
-        dilations: Sequence[int] | None = None,
-        **_: Any,
-    ) -> tuple[Array]:
-        top, left, bottom, right = pads or (0, 0, 0, 0)
-        (height, width), (dy, dx), (sy, sx) = kernel_shape, dilations or (1, 1), strides or (1, 1)
-        padded = np.pad(x, ((0, 0), (0, 0), (top, bottom), (left, right)), constant_values=-np.inf)
-        rows = (padded.shape[2] - dy * (height - 1) - 1) // sy + 1
-        columns = (padded.shape[3] - dx * (width - 1) - 1) // sx + 1
-        taps = [
-            padded[:, :, k * dy :: sy, l * dx :: sx][:, :, :rows, :columns]
-            for k in range(height)
-            for l in range(width)  # noqa: E741
-        ]
-        return (np.maximum.reduce(taps),)
+def normal(shape: Sequence[int], seed: int = 1) -> Array:
+    """Return standard normal numbers, float32."""
+    return np.asarray(np.random.default_rng(seed).standard_normal(tuple(shape)), np.float32)
+
+
+def vector(*values: int) -> Array:
+    """Return an int64 vector."""
+    return np.array(values, np.int64)
 
 
 def grid(rng: np.random.Generator, shape: Sequence[int]) -> Array:
@@ -88,8 +78,15 @@ def check_gradients(
     protos = [helper.make_node("Add", ["x", "shift"], ["a"]), *nodes]
     y = _evaluate(_forward(protos, x, trained, fixed, "y"), {"x": x, **trained})
     features = y.size // SAMPLES
-    fixed["projection"] = (rng.standard_normal((features, CLASSES)) / math.sqrt(features)).astype(np.float32)
-    protos += [helper.make_node("Flatten", ["y"], ["flat"]), helper.make_node("MatMul", ["flat", "projection"], ["z"])]
+    if not y.ndim or len(y) != SAMPLES:
+        # The nodes left no batch axis (a loss, a statistic): all samples see the same y.
+        features = y.size
+        protos += _head(fixed, rng, "a", math.prod(shape), "own")
+        protos += [node("Reshape", ["y", "one_row"], "row"), *_head(fixed, rng, "row", features, "common")]
+        protos += [node("Add", ["own", "common"], "z")]
+        fixed["one_row"] = vector(1, -1)
+    else:
+        protos += _head(fixed, rng, "y", features, "z")
     targets = rng.integers(0, CLASSES, SAMPLES)
 
     loss, gradients = _emitted(protos, x, trained, fixed, targets)
@@ -113,6 +110,14 @@ def check_gradients(
             assert abs(found - slope) <= 1e-5 + 1e-4 * max(largest, abs(slope)), f"{name}{index}: {found}, not {slope}"
 
 
+def _head(
+    fixed: dict[str, Array], rng: np.random.Generator, source: str, features: int, output: str
+) -> list[onnx.NodeProto]:
+    """Return the nodes of a fixed random projection of ``source`` to the logits."""
+    fixed[f"to_{output}"] = (rng.standard_normal((features, CLASSES)) / math.sqrt(features)).astype(np.float32)
+    return [node("Flatten", [source], f"flat_{output}"), node("Gemm", [f"flat_{output}", f"to_{output}"], output)]
+
+
 def _forward(
     nodes: Sequence[onnx.NodeProto], x: Array, trained: Mapping[str, Array], fixed: Mapping[str, Array], output: str
 ) -> ReferenceEvaluator:
@@ -121,9 +126,16 @@ def _forward(
     wide = {k: v.astype(np.float64) if v.dtype == np.float32 else v for k, v in fixed.items()}
     initializers = [numpy_helper.from_array(value, name) for name, value in wide.items()]
     outputs = [helper.make_tensor_value_info(output, TensorProto.DOUBLE, None)]
-    graph = helper.make_graph(list(nodes), "forward", inputs, outputs, initializers)
+    graph = helper.make_graph([_widened(n) for n in nodes], "forward", inputs, outputs, initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)])
-    return ReferenceEvaluator(model, new_ops=[MaxPool])
+    return ReferenceEvaluator(model, new_ops=DEFINITIONS)
+
+
+def _widened(proto: onnx.NodeProto) -> onnx.NodeProto:
+    """Return ``proto``; a Cast to float32 becomes one to float64."""
+    if proto.op_type != "Cast" or helper.get_attribute_value(proto.attribute[0]) != TensorProto.FLOAT:
+        return proto
+    return node("Cast", proto.input, proto.output[0], to=TensorProto.DOUBLE)
 
 
 def _evaluate(evaluator: ReferenceEvaluator, feeds: Mapping[str, Array]) -> Array:
@@ -137,6 +149,11 @@ def _cross_entropy(logits: Array, targets: Array) -> float:
     return float(-log_p[np.arange(len(targets)), targets].mean())
 
 
+def _inferable(proto: onnx.NodeProto) -> onnx.NodeProto:
+    """Return a node of the same result shape: onnx does not infer that of GroupNormalization."""
+    return node("Relu", proto.input[:1], proto.output[0]) if proto.op_type == "GroupNormalization" else proto
+
+
 def forward_graph(
     nodes: Sequence[onnx.NodeProto], shape: Sequence[int], trained: Mapping[str, Array], fixed: Mapping[str, Array]
 ) -> ForwardGraph:
@@ -145,7 +162,7 @@ def forward_graph(
     inputs += [helper.make_tensor_value_info(n, TensorProto.FLOAT, v.shape) for n, v in trained.items()]
     initializers = [numpy_helper.from_array(value, name) for name, value in fixed.items()]
     outputs = [helper.make_tensor_value_info("z", TensorProto.FLOAT, None)]
-    graph = helper.make_graph(list(nodes), "forward", inputs, outputs, initializers)
+    graph = helper.make_graph([_inferable(n) for n in nodes], "forward", inputs, outputs, initializers)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
     shapes, dtypes = infer_shapes(model, dict(fixed))
     named = [helper.make_node(n.op_type, n.input, n.output, name=n.output[0]) for n in nodes]
@@ -164,7 +181,7 @@ def _emitted(
     """Emit the gradients of ``trained`` and run them in onnxruntime."""
     graph = forward_graph(nodes, x.shape[1:], trained, fixed)
     g, library = GraphBuilder(taken=set(graph.shapes)), FunctionLibrary()
-    layers = {n.name: TrainedLayer(n.name, Dense()) for n in graph.nodes if n.op in ("Conv", "Gemm", "MatMul")}
+    layers = {n.name: TrainedLayer(n.name, Dense()) for n in graph.nodes if n.op in ("Conv", "Gemm")}
     made = emit_gradients(g, library, graph, layers, list(trained), "targets", loss_from(LossConfig()))
     wanted = {"loss": made.loss, **made.parameters}
     # One emitted tensor may be the gradient of two parameters: every output gets a name of its own.
@@ -181,10 +198,50 @@ def _emitted(
         functions=list(library.functions.values()),
         ir_version=8,
     )
+    session = _session(model)
+    found = dict(zip(wanted, session.run([f"out/{key}" for key in wanted], feeds), strict=True))
+    return float(found.pop("loss")), found
+
+
+def forward_outputs(
+    nodes: Sequence[onnx.NodeProto], x: Array, fixed: Mapping[str, Array], wanted: Sequence[str]
+) -> list[Array]:
+    """Run the forward pass of ``nodes``, as it is emitted, in onnxruntime; return the tensors ``wanted``."""
+    graph = forward_graph([*nodes, node("Identity", [wanted[0]], "z")], x.shape[1:], {}, fixed)
+    g = GraphBuilder(taken=set(graph.shapes))
+    for each in graph.nodes:
+        g.scope = each.name
+        emit_node(g, each, graph)
+    constants = [numpy_helper.from_array(value, name) for name, value in {**fixed, **g.constants}.items()]
+    model = helper.make_model(
+        helper.make_graph(
+            g.nodes,
+            "forward",
+            [helper.make_tensor_value_info("x", TensorProto.FLOAT, x.shape)],
+            [helper.make_empty_tensor_value_info(name) for name in wanted],
+            constants,
+        ),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+        ir_version=8,
+    )
+    return [np.asarray(value) for value in _session(model).run(list(wanted), {"x": x})]
+
+
+def _session(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    """Load ``model`` without optimisations.
+
+    Raises:
+        AssertionError: the runtime has no kernel for an operator and expanded it.
+    """
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
-    flat = inliner.inline_local_functions(model).SerializeToString()
-    session = onnxruntime.InferenceSession(flat, options, providers=["CPUExecutionProvider"])
-    found = dict(zip(wanted, session.run([f"out/{key}" for key in wanted], feeds), strict=True))
-    return float(found.pop("loss")), found
+    flat = inliner.inline_local_functions(model)
+    with tempfile.TemporaryDirectory() as folder:
+        options.optimized_model_filepath = f"{folder}/executed.onnx"
+        providers = ["CPUExecutionProvider"]
+        session = onnxruntime.InferenceSession(flat.SerializeToString(), options, providers=providers)
+        executed = onnx.load(options.optimized_model_filepath)
+    ran, meant = ({n.name for n in m.graph.node if n.op_type != "Constant"} for m in (executed, flat))
+    assert ran == meant, f"the runtime expands what has no kernel: {sorted(ran ^ meant)}"
+    return session

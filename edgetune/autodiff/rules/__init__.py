@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 from edgetune.autodiff.rule import Rule
-from edgetune.autodiff.rules import conv, conv_transpose, elementwise, linear, pool, shape
+from edgetune.autodiff.rules import (
+    activation,
+    arithmetic,
+    conv,
+    conv_transpose,
+    linear,
+    losses,
+    matmul,
+    normalise,
+    pool,
+    reduce,
+    resize,
+    select,
+    shape,
+)
 from edgetune.errors import UnsupportedOperatorError, choices
 
 RULES: dict[str, Rule] = {
+    **activation.RULES,
+    **arithmetic.RULES,
     **conv.RULES,
     **conv_transpose.RULES,
-    **elementwise.RULES,
     **linear.RULES,
+    **losses.RULES,
+    **matmul.RULES,
+    **normalise.RULES,
     **pool.RULES,
+    **reduce.RULES,
+    **resize.RULES,
+    **select.RULES,
     **shape.RULES,
 }
 

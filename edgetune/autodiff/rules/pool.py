@@ -9,9 +9,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from edgetune.autodiff.graph import ForwardGraph, Node
-from edgetune.autodiff.rule import Context, Rule, nothing
-from edgetune.codecs.base import Array
-from edgetune.errors import UnsupportedOperatorError
+from edgetune.autodiff.rule import Context, Rule, Want, nothing
+from edgetune.codecs.base import Array, Use
 
 _FLOAT, _UINT8, _INT32, _INT64 = 1, 2, 6, 7  # onnx.TensorProto
 
@@ -40,7 +39,9 @@ class Window:
 def _max_forward(ctx: Context, node: Node) -> tuple[str, ...]:
     g, window = ctx.g, Window(ctx.graph, node)
     indices = g.fresh(f"{node.name}.indices")
-    full = Node(node.op, node.name, node.inputs, (node.outputs[0], indices), node.attributes)
+    # storage_order changes nothing but the order in which the indices count
+    attributes = {key: value for key, value in node.attributes.items() if key != "storage_order"}
+    full = Node(node.op, node.name, node.inputs, (node.outputs[0], indices), attributes)
     g.nodes.append(full.to_proto())
     position = g.op("Mod", indices, g.const(np.array(math.prod(window.input), np.int64)), hint="position")
     place = ""
@@ -108,11 +109,6 @@ def _average_backward(ctx: Context, node: Node, wrt: frozenset[int], dy: str) ->
             strict=True,
         )
     ]  # fmt: skip
-    if any(rest < 0 for rest in leftover):
-        raise UnsupportedOperatorError(
-            f"AveragePool '{node.name}': with ceil_mode its last window leaves the padded input; export it with "
-            "ceil_mode=False or explicit padding"
-        )
     share = _average_counts(window, bool(node.attributes.get("count_include_pad", 0)))
     scaled = g.op("Mul", dy, g.const(share), hint="share")
     planes = g.op("Reshape", scaled, g.const([-1, 1, *window.output]), hint="planes")
@@ -123,8 +119,9 @@ def _average_backward(ctx: Context, node: Node, wrt: frozenset[int], dy: str) ->
         hint="spread",
         strides=list(window.strides),
         dilations=list(window.dilations),
-        pads=[*window.begin, *window.end],
-        output_padding=leftover,
+        # with ceil_mode the last window may leave the padded input (leftover < 0): that part is cut off
+        pads=[*window.begin, *(end + max(-rest, 0) for end, rest in zip(window.end, leftover, strict=True))],
+        output_padding=[max(rest, 0) for rest in leftover],
     )
     return {0: g.op("Reshape", spread, g.const([-1, window.channels, *window.input]), hint="dx")}
 
@@ -136,36 +133,22 @@ def _global_average(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> M
     return {0: ctx.g.op("Mul", dy, ctx.g.const(share), hint="dx")}
 
 
-# ReduceMean: dX = dY / n over the reduced axes
-def reduced_axes(graph: ForwardGraph, node: Node) -> list[int]:
-    """Return the axes that a Reduce* node sums over, none of them the batch.
-
-    Raises:
-        UnsupportedOperatorError: it reduces the batch axis.
-    """
-    rank = len(graph.shapes[node.inputs[0]])
-    given: Sequence[int] = node.attributes.get("axes", ())
-    if node.input(1):
-        given = [int(i) for i in graph.constants[node.inputs[1]].reshape(-1)]
-    axes = sorted(a % rank for a in given) if len(given) else list(range(rank))
-    if any(graph.shapes[node.inputs[0]][a] == 0 for a in axes):
-        raise UnsupportedOperatorError(f"{node.op} '{node.name}' reduces over the batch; samples must stay independent")
-    return axes
+# GlobalMaxPool: dX = dY where x is the largest of its plane, shared evenly among equals (as torch.amax)
+def _global_max_wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:
+    return [Want(node.inputs[0], Use.VALUE), Want(node.outputs[0], Use.VALUE)]
 
 
-def _reduce_mean(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
-    g, shape = ctx.g, ctx.graph.shapes[node.inputs[0]]
-    axes = reduced_axes(ctx.graph, node)
-    if not node.attributes.get("keepdims", 1):
-        dy = g.op("Unsqueeze", dy, g.const(axes), hint="dy")
-    extents = [shape[a] if a in axes else 1 for a in range(len(shape))]
-    share = np.full(extents, 1.0 / math.prod(extents), np.float32)
-    return {0: g.op("Mul", dy, g.const(share), hint="dx")}
+def _global_max(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
+    g, axes = ctx.g, list(range(2, len(ctx.graph.shapes[node.inputs[0]])))
+    equal = g.op("Equal", ctx.value(node.inputs[0]), ctx.value(node.outputs[0]), hint="equal")
+    factor = g.op("Cast", equal, to=_FLOAT, hint="factor")
+    share = g.op("Div", dy, g.op("ReduceSum", factor, g.const(axes), keepdims=1, hint="count"), hint="share")
+    return {0: g.op("Mul", factor, share, hint="dx")}
 
 
 RULES = {
     "MaxPool": Rule(nothing, _max_backward, "one byte per output", forward=_max_forward),
     "AveragePool": Rule(nothing, _average_backward, "nothing"),
     "GlobalAveragePool": Rule(nothing, _global_average, "nothing"),
-    "ReduceMean": Rule(nothing, _reduce_mean, "nothing"),
+    "GlobalMaxPool": Rule(_global_max_wants, _global_max, "its input and output"),
 }
