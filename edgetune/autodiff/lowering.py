@@ -60,6 +60,14 @@ def _cast_like(g: GraphBuilder, node: Node, graph: ForwardGraph) -> None:
     g.nodes.append(helper.make_node("Cast", [node.inputs[0]], [node.outputs[0]], name=node.name, to=target))
 
 
+def _reduce(g: GraphBuilder, node: Node, graph: ForwardGraph) -> None:
+    # Over no axes at all it changes nothing; onnxruntime 1.23 fails at run time there.
+    if node.attributes.get("noop_with_empty_axes", 0) and not node.input(1):
+        _last(g, node, "Identity", node.inputs[0])
+    else:
+        g.nodes.append(node.to_proto())
+
+
 def _group_norm(g: GraphBuilder, node: Node, graph: ForwardGraph) -> None:
     # Opset 18 has one scale and one bias per group: an instance norm whose channels are the groups.
     groups = g.const([0, int(node.attributes["num_groups"]), -1])
@@ -176,6 +184,8 @@ _LOWERED: dict[str, Callable[[GraphBuilder, Node, ForwardGraph], None]] = {
     "Linear": lambda g, node, graph: emit_linear(g, node),
     "Mish": _mish,
     "NegativeLogLikelihoodLoss": _negative_log_likelihood,
+    "ReduceMean": _reduce,
+    "ReduceSum": _reduce,
     "SoftmaxCrossEntropyLoss": _softmax_cross_entropy,
 }
 
