@@ -243,14 +243,17 @@ def _quiet() -> Iterator[None]:
     """Keep the exporters' own reports off the screen, and attention in plain operators.
 
     The fused attention kernels of a CPU have strides of their own, on which torch's decomposition of views fails.
+    Adaptive pooling to a size that does not divide the input would become gathers by sample; see ``pooling``.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    from edgetune.export.pooling import plain_adaptive_pooling
 
     log = logging.getLogger("torch.onnx")
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), plain_adaptive_pooling():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -71,7 +71,9 @@ class WeightFile:
     def initializer(self, name: str, value: Array) -> onnx.TensorProto:
         """Return the constant ``name``: a pointer into the file, or the value itself if it is small."""
         if name not in self._offsets:
-            return numpy_helper.from_array(np.ascontiguousarray(value), name)
+            return numpy_helper.from_array(
+                np.asarray(value, order="C"), name
+            )  # ascontiguousarray gives a scalar an axis
         offset, length = self._offsets[name]
         tensor = TensorProto(name=name, dims=value.shape, data_location=TensorProto.EXTERNAL)
         tensor.data_type = helper.np_dtype_to_tensor_dtype(value.dtype)

@@ -19,6 +19,7 @@ from edgetune.errors import ExportError
 
 PROBE_BATCHES = (10007, 10009)  # primes that no extent of a model has
 _PROBE = PROBE_BATCHES[0]
+_ROUNDS = 8
 _NEVER_FOLDED = ("ConstantOfShape", "Expand", "Range", "Tile")  # where the batch would be written out as elements
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
 # Inputs that are settings, not weights: of these operators everything but the data.
@@ -103,14 +104,33 @@ def _folded(model: onnx.ModelProto, batch: int, parameters: Collection[str]) -> 
     model.graph.initializer.extend(kept)
     stand_ins = [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in hidden if t.name not in already]
     model.graph.input.extend(stand_ins)
-    folded = ir.serde.deserialize_model(model)
-    optimizer.fold_constants(folded, input_size_limit=1 << 30, output_size_limit=1 << 30, should_fold=should_fold)
-    result: onnx.ModelProto = ir.serde.serialize_model(folded)
+    result = _with_plain_casts(model)
+    for _ in range(_ROUNDS):
+        folded = ir.serde.deserialize_model(result)
+        optimizer.fold_constants(folded, input_size_limit=1 << 30, output_size_limit=1 << 30, should_fold=should_fold)
+        result = ir.serde.serialize_model(folded)
+        if not any(node.op_type in ("Shape", "Size") for node in result.graph.node):
+            break
+        # The folder lost a shape on its way; what ONNX infers from the folded graph takes it further.
+        result = shape_inference.infer_shapes(result, data_prop=True)
     inputs = [value for value in result.graph.input if value.name not in names]
     del result.graph.input[:]
     result.graph.input.extend(inputs)
     result.graph.initializer.extend(hidden)
     return result
+
+
+def _with_plain_casts(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace CastLike by Cast: the folder takes no element type from an activation, and stops there."""
+    inferred = shape_inference.infer_shapes(model, data_prop=True)
+    kinds = {v.name: v.type.tensor_type.elem_type for v in [*inferred.graph.input, *inferred.graph.value_info]}
+    kinds |= {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type == "CastLike" and kinds.get(node.input[1]):
+            node.CopyFrom(
+                helper.make_node("Cast", node.input[:1], node.output, name=node.name, to=kinds[node.input[1]])
+            )
+    return model
 
 
 class _Batch:
@@ -122,6 +142,7 @@ class _Batch:
         self.nodes: list[onnx.NodeProto] = []
         self.constants: list[onnx.TensorProto] = []
         self._made: dict[str, str] = {}
+        self._count = 0
 
     def constant(self, value: Array) -> str:
         name = f"batch.const.{len(self.constants)}"
@@ -129,7 +150,8 @@ class _Batch:
         return name
 
     def node(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
-        name = f"batch.{op.lower()}.{len(self.nodes)}"
+        name = f"batch.{op.lower()}.{self._count}"
+        self._count += 1
         self.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
         return name
 
@@ -162,7 +184,8 @@ class _Batch:
 def _restore(model: onnx.ModelProto, other: onnx.ModelProto) -> None:
     """Make the batch dynamic again in ``model``; ``other`` is the same with the other probe."""
     inferred = shape_inference.infer_shapes(model, data_prop=True)
-    kinds = {v.name: v.type.tensor_type for v in [*inferred.graph.input, *inferred.graph.value_info]}
+    values = [*inferred.graph.input, *inferred.graph.value_info, *inferred.graph.output]
+    kinds = {v.name: v.type.tensor_type for v in values}
     kinds |= {t.name: helper.make_tensor_type_proto(t.data_type, t.dims).tensor_type for t in model.graph.initializer}
     scaled = _scaled_constants(model, other)
     fixed = {name: numpy_helper.to_array(tensor) for name, tensor in _all_constants(model).items() if not tensor.dims}
@@ -216,6 +239,9 @@ def _all_constants(model: onnx.ModelProto) -> dict[str, onnx.TensorProto]:
     for node in model.graph.node:
         if node.op_type == "Constant" and node.attribute[0].name == "value":
             found[node.output[0]] = node.attribute[0].t
+        elif node.op_type == "Constant" and node.attribute[0].name in ("value_int", "value_ints"):
+            value = np.array(helper.get_attribute_value(node.attribute[0]), np.int64)
+            found[node.output[0]] = numpy_helper.from_array(value, node.output[0])
     return found
 
 
@@ -225,6 +251,10 @@ def _follow_batch(
     """Return ``node`` such that its input ``index``, the constant ``value`` at the probe, follows the batch."""
     scaled = (value != 0) & (value % _PROBE == 0) if value.dtype.kind == "i" else np.ones(value.shape, bool)
     op = node.op_type
+    if op == "Reshape":
+        made = [d.dim_value for d in kinds[node.output[0]].shape.dim]
+        value = np.where(value == -1, made, value) if len(made) == len(value) else value
+        scaled = (value > 0) & (value % _PROBE == 0)
     if op == "Reshape" and np.count_nonzero(scaled | (value == -1)) == 1:
         inputs = [node.input[0], batch.constant(np.where(scaled, -1, value))]
         return helper.make_node(op, inputs, node.output, name=node.name)
@@ -281,5 +311,7 @@ def _expansion(
         raise ExportError(f"'{node.output[0]}' has the batch on several axes; samples must stay independent")
     if kind == TensorProto.FLOAT:
         return helper.make_node("Add", [x, batch.along(0.0, axes[0], rank)], node.output, name=node.name)
-    holds = batch.node("Cast", [batch.along(1.0, axes[0], rank)], to=TensorProto.BOOL)
-    return helper.make_node("Where", [holds, x, x], node.output, name=node.name)
+    # A sum with 0, and for truth values a conjunction with true, changes nothing but the shape.
+    neutral = batch.node("Cast", [batch.along(float(kind == TensorProto.BOOL), axes[0], rank)], to=kind)
+    op = "And" if kind == TensorProto.BOOL else "Add"
+    return helper.make_node(op, [x, neutral], node.output, name=node.name)
