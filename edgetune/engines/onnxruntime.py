@@ -5,11 +5,8 @@ Imported lazily. Knows the bundle and onnxruntime.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import json
 import os
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,11 +15,9 @@ from typing import Any
 import numpy as np
 
 from edgetune.bundle import Array, Bundle, GraphSpec
+from edgetune.engines import heap
 from edgetune.engines.runtime import Handle
 from edgetune.errors import EngineError, choices
-
-_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
-_THRESHOLD_BYTES = 128 * 1024
 
 
 def import_onnxruntime() -> Any:
@@ -39,31 +34,6 @@ def import_onnxruntime() -> Any:
             "CUDA workstation; on a Jetson the wheel that matches its JetPack (NVIDIA's Jetson package index)"
         ) from None
     return onnxruntime
-
-
-@functools.cache
-def _glibc() -> Any:
-    """Return the C library if it is glibc, else None."""
-    if not sys.platform.startswith("linux"):
-        return None
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
-    except OSError:
-        return None  # musl: its allocator returns large blocks anyway
-
-
-def return_memory_to_the_system() -> None:
-    """Make glibc hand every freed block above 128 KiB back at once.
-
-    By default its threshold grows with use, and freed activations stay with the process: the peak would then depend on
-    the history, not on the plan. Elsewhere than on glibc nothing is done.
-    """
-    libc = _glibc()
-    if libc is not None:
-        libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
-        libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD_BYTES)
-        libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def providers(available: Sequence[str], gpu_limit_bytes: int | None = None) -> list[Any]:
@@ -93,7 +63,7 @@ class OnnxRuntime:
         self._threads = threads or len(os.sched_getaffinity(0))
         self._sessions: dict[tuple[str, int], Any] = {}
         if self._device == "cpu":
-            return_memory_to_the_system()
+            heap.return_memory_to_the_system()
 
     def load(self, graph: str) -> None:
         """Load every stage of ``graph``."""
@@ -149,10 +119,9 @@ class OnnxRuntime:
         return dict(zip(outputs, binding.get_outputs(), strict=True))
 
     def settle(self) -> None:
-        """Trim the heap: smaller blocks, freed between others in use, would otherwise add up over the steps."""
-        libc = _glibc() if self._device == "cpu" else None
-        if libc is not None:
-            libc.malloc_trim(0)
+        """Give small freed blocks back to the system."""
+        if self._device == "cpu":
+            heap.trim()
 
     def verify_order(self, graph: str, feeds: Mapping[str, Handle]) -> None:
         """Profile one run of every stage of ``graph`` and compare the executed order with the emitted one."""

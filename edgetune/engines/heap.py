@@ -1,0 +1,46 @@
+"""The heap of the process: freed memory goes back to the system. For every engine that computes on the CPU.
+
+Knows the C library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import sys
+from typing import Any
+
+_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
+_THRESHOLD_BYTES = 128 * 1024
+
+
+@functools.cache
+def _glibc() -> Any:
+    """Return the C library if it is glibc, else None."""
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return libc if hasattr(libc, "mallopt") and hasattr(libc, "malloc_trim") else None
+    except OSError:
+        return None  # musl: its allocator returns large blocks anyway
+
+
+def return_memory_to_the_system() -> None:
+    """Make glibc hand every freed block above 128 KiB back at once.
+
+    By default its threshold grows with use, and freed activations stay with the process: the peak would then depend on
+    the history, not on the plan. Elsewhere than on glibc nothing is done.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, _THRESHOLD_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, _THRESHOLD_BYTES)
+        libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def trim() -> None:
+    """Trim the heap: smaller blocks, freed between others in use, would otherwise add up over the steps."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)

@@ -1,0 +1,178 @@
+"""The engine for computers that have torch: interprets the bundle's graphs node by node, on a CPU or with CUDA.
+
+It runs the readable graphs, in which one model-local function stands for one idea, so that a native kernel can take the
+place of a function (torch_ops/native.py); all other functions are inlined. Imported lazily. Knows the bundle, torch and
+onnx.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+
+from edgetune.bundle import Array, Bundle, GraphSpec
+from edgetune.engines import heap
+from edgetune.engines.runtime import Handle
+from edgetune.errors import EngineError, choices
+
+try:
+    import onnx
+    from onnx import inliner
+except ImportError as error:
+    raise EngineError(
+        f"the torch engine reads graphs with the package 'onnx', which cannot be imported ({error}); install onnx, or "
+        "run with --engine onnxruntime"
+    ) from None
+
+from edgetune.engines.torch_ops.native import native_kernels
+from edgetune.engines.torch_ops.program import Program, Setting
+from edgetune.engines.torch_ops.weights import Weights
+
+if TYPE_CHECKING:
+    from edgetune.engines.torch_ops.base import Kernel
+
+DEVICES = ("cpu", "cuda")
+
+
+class TorchRuntime:
+    """Runs the graphs of a bundle with torch. See :class:`edgetune.engines.runtime.Runtime` for its laws."""
+
+    name = "torch"
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str | None = None,
+        threads: int | None = None,
+        double: bool = False,
+        native: bool = True,
+    ) -> None:
+        """Load nothing yet.
+
+        Args:
+            device: ``cpu`` or ``cuda``; None takes CUDA where there is a device.
+            threads: how many threads a CPU kernel may use; None takes all that the process may run on.
+            double: compute in float64: what is float32 in the bundle and in what is put becomes float64.
+            native: let native kernels stand in for functions.
+
+        Raises:
+            EngineError: no such device, or torch sees none.
+        """
+        name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if name not in DEVICES:
+            raise EngineError(f"the torch engine has no device '{name}'; choose one of: {choices(DEVICES)}")
+        if name == "cuda" and not torch.cuda.is_available():
+            raise EngineError("torch sees no CUDA device; install a build of torch for CUDA, or use the device cpu")
+        self._bundle = bundle
+        self._device, self._double = torch.device(name), double
+        self._native = native_kernels() if native else {}
+        self._weights = Weights(bundle.path, bundle.manifest.files, self._device, double=double)
+        self._programs: dict[str, tuple[Program, ...]] = {}
+        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        if name == "cpu":
+            heap.return_memory_to_the_system()
+
+    def load(self, graph: str) -> None:
+        """Compile every stage of ``graph``.
+
+        Raises:
+            EngineError: the bundle has no such graph, or the engine does not know one of its operators.
+        """
+        if graph in self._programs:
+            return
+        spec = self._spec(graph)
+        model = onnx.load_model(str(self._bundle.path / spec.file), load_external_data=False)
+        with torch.inference_mode():
+            stages = self._stages(model, spec, self._native)
+            if stages is None:  # a native kernel stands on both sides of the boundary between two stages
+                stages = self._stages(model, spec, {})
+        if stages is None:
+            raise EngineError(
+                f"graph '{graph}': the stages that the manifest lists are not those of {spec.file}; export the bundle "
+                "again"
+            )
+        self._programs[graph] = stages
+
+    def _stages(
+        self, model: onnx.ModelProto, spec: GraphSpec, native: Mapping[str, Kernel]
+    ) -> tuple[Program, ...] | None:
+        """Compile the stages of ``model``; None if a stage reads what the manifest does not say that it reads."""
+        inlined = [
+            (f.domain, f.name) for f in model.functions if f.name not in native or not native[f.name].knows(f)
+        ]
+        flat = inliner.inline_selected_functions(model, inlined) if inlined else model
+        opset = max(entry.version for entry in flat.opset_import if entry.domain in ("", "ai.onnx"))
+        setting = Setting(opset, self._weights.read, self._device, native, self._double)
+        constants = {tensor.name: self._weights.read(tensor) for tensor in flat.graph.initializer}
+        nodes, begin, programs = list(flat.graph.node), 0, []
+        stages = spec.run_stages()
+        for index, stage in enumerate(stages):
+            wanted = set(stage.outputs)
+            made = [i for i, node in enumerate(nodes) if wanted.intersection(node.output)]
+            end = len(nodes) if index + 1 == len(stages) else max(made, default=-1) + 1
+            program = Program(nodes[begin:end], stage.inputs, stage.outputs, constants, setting)
+            if program.captures:
+                return None
+            programs.append(program)
+            begin = end
+        return tuple(programs)
+
+    def put(self, array: Array) -> Handle:
+        """Return ``array`` as a tensor; on a CPU without a copy."""
+        array = np.asarray(array, order="C")
+        value = torch.from_numpy(array if array.flags.writeable else array.copy())
+        if self._double and value.dtype == torch.float32:
+            value = value.double()
+        return value.to(self._device)
+
+    def get(self, handle: Handle) -> Array:
+        """Return the contents of a tensor; on a CPU a view."""
+        array: Array = handle.cpu().numpy()
+        return array
+
+    def run(
+        self,
+        graph: str,
+        feeds: Mapping[str, Handle],
+        outputs: Sequence[str],
+        into: Mapping[str, Handle] | None = None,
+        stage: int = 0,
+    ) -> dict[str, Handle]:
+        """Run one stage of ``graph``."""
+        self.load(graph)
+        program = self._programs[graph][stage]
+        for name in program.inputs:
+            if name not in feeds:
+                raise EngineError(f"graph '{graph}' reads '{name}', which was not given; given: {choices(feeds)}")
+        unknown = [name for name in outputs if name not in program.outputs]
+        if unknown:
+            raise EngineError(f"graph '{graph}' makes no '{unknown[0]}'; it makes: {choices(program.outputs)}")
+        # TF32 keeps ten bits of a product's mantissa, and cudnn would choose it by itself.
+        with torch.inference_mode(), torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=False):
+            try:
+                return dict(program.run(feeds, outputs, into))
+            except EngineError as error:
+                raise EngineError(f"graph '{graph}': {error}") from error
+
+    def settle(self) -> None:
+        """Give small freed blocks back to the system. CUDA's allocator keeps what it has, for the next step."""
+        if self._device.type == "cpu":
+            heap.trim()
+
+    def verify_order(self, graph: str, feeds: Mapping[str, Handle]) -> None:
+        """Load ``graph``, which checks that every operator is known; the interpreter keeps the order by itself."""
+        self.load(graph)
+
+    def _spec(self, graph: str) -> GraphSpec:
+        graphs = self._bundle.manifest.graphs
+        if graph not in graphs:
+            raise EngineError(f"the bundle has no graph '{graph}'; it has: {choices(graphs)}")
+        return graphs[graph]
+
+
