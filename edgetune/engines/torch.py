@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -29,12 +28,9 @@ except ImportError as error:
         "run with --engine onnxruntime"
     ) from None
 
-from edgetune.engines.torch_ops.native import native_kernels
+from edgetune.engines.torch_ops.native import native_kernel
 from edgetune.engines.torch_ops.program import Program, Setting
 from edgetune.engines.torch_ops.weights import Weights
-
-if TYPE_CHECKING:
-    from edgetune.engines.torch_ops.base import Kernel
 
 DEVICES = ("cpu", "cuda")
 
@@ -71,7 +67,7 @@ class TorchRuntime:
             raise EngineError("torch sees no CUDA device; install a build of torch for CUDA, or use the device cpu")
         self._bundle = bundle
         self._device, self._double = torch.device(name), double
-        self._native = native_kernels() if native else {}
+        self._native = native
         self._weights = Weights(bundle.path, bundle.manifest.files, self._device, double=double)
         self._programs: dict[str, tuple[Program, ...]] = {}
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
@@ -89,9 +85,9 @@ class TorchRuntime:
         spec = self._spec(graph)
         model = onnx.load_model(str(self._bundle.path / spec.file), load_external_data=False)
         with torch.inference_mode():
-            stages = self._stages(model, spec, self._native)
+            stages = self._stages(model, spec, native=self._native)
             if stages is None:  # a native kernel stands on both sides of the boundary between two stages
-                stages = self._stages(model, spec, {})
+                stages = self._stages(model, spec, native=False)
         if stages is None:
             raise EngineError(
                 f"graph '{graph}': the stages that the manifest lists are not those of {spec.file}; export the bundle "
@@ -100,15 +96,15 @@ class TorchRuntime:
         self._programs[graph] = stages
 
     def _stages(
-        self, model: onnx.ModelProto, spec: GraphSpec, native: Mapping[str, Kernel]
+        self, model: onnx.ModelProto, spec: GraphSpec, *, native: bool
     ) -> tuple[Program, ...] | None:
         """Compile the stages of ``model``; None if a stage reads what the manifest does not say that it reads."""
-        inlined = [
-            (f.domain, f.name) for f in model.functions if f.name not in native or not native[f.name].knows(f)
-        ]
+        found = {f.name: native_kernel(f) if native else None for f in model.functions}
+        functions = {name: kernel for name, kernel in found.items() if kernel is not None}
+        inlined = [(f.domain, f.name) for f in model.functions if f.name not in functions]
         flat = inliner.inline_selected_functions(model, inlined) if inlined else model
         opset = max(entry.version for entry in flat.opset_import if entry.domain in ("", "ai.onnx"))
-        setting = Setting(opset, self._weights.read, self._device, native, self._double)
+        setting = Setting(opset, self._weights.read, self._device, functions, self._double)
         constants = {tensor.name: self._weights.read(tensor) for tensor in flat.graph.initializer}
         nodes, begin, programs = list(flat.graph.node), 0, []
         stages = spec.run_stages()

@@ -1,4 +1,152 @@
-from collections.abc import Mapping
-from typing import Any
-def native_kernels() -> Mapping[str, Any]:
-    return {}
+"""Native kernels that stand in for model-local functions where they are faster.
+
+A kernel is found by the function's name and signature. A function that does not look exactly as expected has none: then
+its body is interpreted, which is always right. The agreement tests hold every kernel to that body.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from onnx import FunctionProto, numpy_helper
+from torch import Tensor
+
+from edgetune.engines.torch_ops.base import Call, Kernel, pad_spatial
+
+
+def native_kernel(function: FunctionProto) -> Kernel | None:
+    """Return the kernel that stands in for ``function``; None if its body is to be interpreted."""
+    for find in _FINDERS:
+        kernel = find(function)
+        if kernel is not None:
+            return kernel
+    return None
+
+
+# ConvWeightGrad_<codec>[_<letters of the bases>]_<geometry>_w<outputs>x<inputs per group>
+_WEIGHT_GRADIENT = re.compile(
+    r"ConvWeightGrad_(?P<codec>dense|svd|hosvd)(?P<letters>(?:_[chw])*)_g(?P<g>\d+)_i(?P<i>[\dx]+)_k(?P<k>[\dx]+)"
+    r"_s(?P<s>[\dx]+)_d(?P<d>[\dx]+)_p(?P<p>[\dx]+)_w(?P<w>\d+x\d+)"
+)
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split("x")]
+
+
+def _weight_gradient(function: FunctionProto) -> Kernel | None:
+    found = _WEIGHT_GRADIENT.fullmatch(function.name)
+    if found is None or len(function.output) != 1:
+        return None
+    letters = found["letters"].split("_")[1:]
+    inputs = {"dense": 2, "svd": 3, "hosvd": 3 + len(letters)}[found["codec"]]
+    extents, (outputs, each) = _numbers(found["i"]), _numbers(found["w"])
+    groups, spatial = int(found["g"]), len(extents)
+    if len(function.input) != inputs or (letters and (found["codec"] != "hosvd" or spatial != 2)):
+        return None
+    taps = _Taps(extents, _numbers(found["k"]), _numbers(found["s"]), _numbers(found["d"]), _numbers(found["p"]), groups)
+    shape = [outputs, each, *taps.kernel]
+
+    # dW[o,c,k,l] = Σ_b,y,x X[b,c,y·s+k·d,x·s+l·d] · dY[b,o,y,x]
+    def dense(n: Call, dy: Tensor, x: Tensor) -> Tensor:
+        return taps.gradient(x.reshape(-1, groups * each, *extents), dy)
+
+    # the same over the batch rank: X ≈ U·C, so dW = taps(C, Uᵀ·dY)
+    def svd(n: Call, dy: Tensor, factor: Tensor, core: Tensor) -> Tensor:
+        return taps.gradient(core.reshape(-1, groups * each, *extents), _batch_rank(factor, dy))
+
+    # HOSVD paper, eq. 20 to 24; the core is [g, r2, r3, r1, r4]
+    def hosvd(n: Call, dy: Tensor, factor: Tensor, core: Tensor, *given: Tensor) -> Tensor:
+        bases = dict(zip(letters, given, strict=True))
+        z = core @ bases["w"].transpose(1, 2) if "w" in bases else core
+        z = z.permute(3, 0, 1, 2, 4)
+        z = bases["h"] @ z if "h" in bases else z
+        z4 = taps.gradient(z.reshape(z.shape[0], -1, *extents), _batch_rank(factor, dy))
+        if "c" not in bases:
+            return z4.reshape(shape)
+        flat = z4.reshape(groups, outputs // groups, -1, math.prod(taps.kernel))
+        return (bases["c"].unsqueeze(1) @ flat).reshape(shape)
+
+    return {"dense": dense, "svd": svd, "hosvd": hosvd}[found["codec"]]
+
+
+def _batch_rank(factor: Tensor, dy: Tensor) -> Tensor:
+    """Return Z1[r1,o,y,x] = Σ_b U[b,r1] · dY[b,o,y,x]."""
+    return (factor.t() @ dy.flatten(1)).reshape(-1, *dy.shape[1:])
+
+
+class _Taps:
+    """The weight gradient of one convolution: torch's own, which needs no weight for it."""
+
+    def __init__(
+        self,
+        extents: Sequence[int],
+        kernel: list[int],
+        strides: list[int],
+        dilations: list[int],
+        pads: list[int],
+        groups: int,
+    ) -> None:
+        spatial = len(extents)
+        begin, end = pads[:spatial], pads[spatial:]
+        self.kernel, self.strides, self.dilations, self.groups = kernel, strides, dilations, groups
+        self.common = [min(sides) for sides in zip(begin, end, strict=True)]
+        self.begin = [b - c for b, c in zip(begin, self.common, strict=True)]
+        self.end = [e - c for e, c in zip(end, self.common, strict=True)]
+
+    def gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+        """Return [o, c / groups, *kernel] for ``x`` [b, c, *input] and ``dy`` [b, o, *output]."""
+        x = pad_spatial(x, self.begin, self.end)
+        # only the shape of the weight is read
+        weight = x.new_empty(1).expand(dy.shape[1], x.shape[1] // self.groups, *self.kernel)
+        made: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+            dy, x, weight, None, self.strides, self.common, self.dilations, False, [0] * len(self.kernel), self.groups,
+            (False, True, False),
+        )  # fmt: skip
+        return made[1]
+
+
+_SIGN_PACK = re.compile(r"SignPack_(?P<shape>[\dx]+)_\w+")
+_SIGN_PACK_OPERATORS = {"Constant", "Greater", "Less", "And", "Cast", "Flatten", "Pad", "Reshape", "MatMulInteger"}
+
+
+def _sign_pack(function: FunctionProto) -> Kernel | None:
+    """[b, 1, ceil(n / 8)]: bit j of byte i tells whether element j·ceil(n/8) + i of a sample is between the bounds."""
+    found = _SIGN_PACK.fullmatch(function.name)
+    operators = [node.op_type for node in function.node]
+    if found is None or len(function.input) != 1 or len(function.output) != 1:
+        return None
+    if not set(operators) <= _SIGN_PACK_OPERATORS or operators.count("MatMulInteger") != 1:
+        return None
+    # The name gives the bounds with six digits only, so they are read from the body.
+    constants = {
+        node.output[0]: node.attribute[0].t for node in function.node if node.op_type == "Constant" and node.attribute
+    }
+    bounds: dict[str, float] = {}
+    for node in function.node:
+        if node.op_type in ("Greater", "Less"):
+            if node.input[0] != function.input[0] or node.input[1] not in constants or node.op_type in bounds:
+                return None
+            bounds[node.op_type] = float(numpy_helper.to_array(constants[node.input[1]]))
+    size = math.prod(_numbers(found["shape"]))
+    count = -(-size // 8)
+
+    def pack(n: Call, x: Tensor) -> Tensor:
+        inside = x > bounds["Greater"] if "Greater" in bounds else x < bounds["Less"]
+        if len(bounds) == 2:
+            inside = inside & (x < bounds["Less"])
+        flat = inside.view(torch.uint8).reshape(len(x), size)
+        flat = torch.nn.functional.pad(flat, [0, 8 * count - size]) if size % 8 else flat
+        planes = flat.reshape(len(x), 8, count)
+        packed = planes[:, 7].clone()
+        for bit in range(6, -1, -1):
+            packed.bitwise_left_shift_(1).bitwise_or_(planes[:, bit])
+        return packed.unsqueeze(1)
+
+    return pack if bounds else None
+
+
+_FINDERS: tuple[Callable[[FunctionProto], Kernel | None], ...] = (_weight_gradient, _sign_pack)

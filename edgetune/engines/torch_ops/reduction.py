@@ -81,6 +81,17 @@ def _log(x: Tensor) -> Tensor:
     return x.log() if x.dtype.is_floating_point else x.double().log()
 
 
+def _norm(order: int, exact: Kernel, after: Callable[[Tensor], Tensor] | None = None) -> Kernel:
+    """Return a kernel that makes no temporary of the input's size; ``exact`` is the one for integers and no axes."""
+    norm = _reduction(lambda x, axes: torch.linalg.vector_norm(x, order, axes, keepdim=True), None, after)
+
+    def kernel(n: Call, x: Tensor, axes: Tensor | None = None) -> Tensor:
+        idle = n.get("noop_with_empty_axes", 0) or x.ndim == 0
+        return (norm if x.dtype.is_floating_point and not idle else exact)(n, x, axes)  # type: ignore[return-value]
+
+    return kernel
+
+
 def _search(largest: bool) -> Kernel:
     def kernel(n: Call, x: Tensor) -> Tensor:
         axis = n.get("axis", 0)
@@ -121,8 +132,8 @@ KERNELS: dict[str, Kernel] = {
     "ArgMax": _search(True),
     "ArgMin": _search(False),
     "CumSum": _running("cumsum"),
-    "ReduceL1": _reduction(_sum, torch.abs),
-    "ReduceL2": _reduction(_sum, torch.square, _root),
+    "ReduceL1": _norm(1, _reduction(_sum, torch.abs)),
+    "ReduceL2": _norm(2, _reduction(_sum, torch.square, _root)),
     "ReduceLogSum": _reduction(_sum, None, _log),
     "ReduceLogSumExp": _reduction(_log_sum_exp),
     "ReduceMax": _reduction(_extreme("amax")),
@@ -130,6 +141,6 @@ KERNELS: dict[str, Kernel] = {
     "ReduceMin": _reduction(_extreme("amin")),
     "ReduceProd": _reduction(_prod),
     "ReduceSum": _reduction(_sum),
-    "ReduceSumSquare": _reduction(_sum, torch.square),
+    "ReduceSumSquare": _norm(2, _reduction(_sum, torch.square), torch.square_),
     "TopK": _top_k,
 }
