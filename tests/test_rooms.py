@@ -64,10 +64,11 @@ TABLE = {
     "api": Room(_words("bundle errors units"), _words("numpy"), lazy_rooms=_ALL),
     "__main__": Room(_words("commands")),
 }
-# Single files that may do more than their room: each runtime has one file that speaks to it.
+# Files and folders that may do more than their room: each runtime has one that speaks to it.
 FILES = {
     "engines/onnxruntime.py": _words("onnxruntime"),
-    "engines/torch.py": _words("torch"),
+    "engines/torch.py": _words("torch onnx"),
+    "engines/torch_ops": _words("torch onnx"),
 }
 
 
@@ -133,7 +134,8 @@ def _file_violations(package: Path, file: Path) -> Iterator[str]:
     if room not in TABLE:
         yield f"{place}: room '{room}' has no row in the table of rooms; known are {', '.join(sorted(TABLE))}"
         return
-    allowed, extra = TABLE[room], FILES.get(place.as_posix(), frozenset())
+    allowed = TABLE[room]
+    extra = FILES.get(place.as_posix(), frozenset()) | FILES.get(place.parent.as_posix(), frozenset())
     dotted = ".".join(["edgetune", *place.parent.parts])
     for item in imports_of(ast.parse(file.read_text("utf-8"), str(file)), dotted):
         top, *rest = item.name.split(".")
@@ -189,6 +191,8 @@ def test_the_table_keeps_what_the_design_promises() -> None:
         ("planning/plan.py", "import edgetune.engines", "'planning' may not import 'engines'"),
         ("planning/plan.py", "def f():\n    import torch", "may not import the library 'torch'"),
         ("engines/__init__.py", "import onnxruntime", "may not import the library 'onnxruntime'"),
+        ("engines/choice.py", "import torch", "may not import the library 'torch'"),
+        ("engines/choice.py", "def f():\n    import onnx", "may not import the library 'onnx'"),
         ("codecs/dense.py", "from onnx import helper", "may not import the library 'onnx'"),
         ("errors.py", "from edgetune.units import MIB", "'errors' may not import 'units'"),
         ("bundle.py", "from edgetune.commands import main", "'bundle' may not import 'commands'"),
@@ -215,6 +219,7 @@ def test_a_planted_import_is_found(tmp_path: Path, file: str, source: str, compl
         ("export/emit.py", "def f():\n    import torch.export"),
         ("engines/onnxruntime.py", "import onnxruntime"),
         ("engines/torch.py", "from torch import nn"),
+        ("engines/torch_ops/layout.py", "import onnx\nfrom torch import nn"),
         ("__init__.py", "def export():\n    from edgetune.export import capture"),
         ("export/emit.py", "from edgetune import __version__"),
     ],
@@ -231,8 +236,9 @@ def test_the_device_side_never_loads_what_only_the_host_has() -> None:
     modules = []
     for file in sorted(PACKAGE.rglob("*.py")):
         parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
-        # engines/torch.py is for computers that have torch; __main__ would run the command line.
-        if len(parts) > 1 and parts[1] in rooms and parts[-1] != "__main__" and parts[1:] != ("engines", "torch"):
+        # engines/torch*.py is for computers that have torch; __main__ would run the command line.
+        needs_torch = parts[1:3] in (("engines", "torch"), ("engines", "torch_ops"))
+        if len(parts) > 1 and parts[1] in rooms and parts[-1] != "__main__" and not needs_torch:
             modules.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     assert "edgetune.bundle" in modules
     program = (

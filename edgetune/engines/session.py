@@ -14,11 +14,11 @@ from typing import TypeAlias
 import numpy as np
 
 from edgetune.bundle import TRACED, Array, Bundle
-from edgetune.engines.runtime import Handle, Runtime
+from edgetune.engines.choice import make_runtime
+from edgetune.engines.runtime import Handle
 from edgetune.errors import DataError, EngineError, UsageError, choices
 from edgetune.planning.plan import Plan
 
-ENGINES = ("auto", "onnxruntime")
 Inputs: TypeAlias = "Array | Mapping[str, Array]"
 """An array [b, ...] for a model with one input, or arrays by the names of the inputs."""
 
@@ -39,20 +39,6 @@ class StepReport:
     gradient_norm: float
     seconds: dict[str, float] = field(default_factory=dict)
     applied: bool = True
-
-
-def make_runtime(bundle: Bundle, engine: str) -> Runtime:
-    """Return the runtime called ``engine``.
-
-    Raises:
-        UsageError: there is none of that name.
-        EngineError: its package is not installed.
-    """
-    if engine not in ENGINES:
-        raise UsageError(f"there is no engine '{engine}'; choose one of: {choices(ENGINES)}")
-    from edgetune.engines.onnxruntime import OnnxRuntime
-
-    return OnnxRuntime(bundle)
 
 
 class TrainingSession:

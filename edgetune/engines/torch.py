@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 
-
 from edgetune.bundle import Array, Bundle, GraphSpec
 from edgetune.engines import heap
 from edgetune.engines.runtime import Handle
@@ -33,6 +32,11 @@ from edgetune.engines.torch_ops.program import Program, Setting
 from edgetune.engines.torch_ops.weights import Weights
 
 DEVICES = ("cpu", "cuda")
+
+
+def cuda_is_available() -> bool:
+    """Tell whether torch sees a CUDA device."""
+    return torch.cuda.is_available()
 
 
 class TorchRuntime:
@@ -60,10 +64,10 @@ class TorchRuntime:
         Raises:
             EngineError: no such device, or torch sees none.
         """
-        name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        name = device or ("cuda" if cuda_is_available() else "cpu")
         if name not in DEVICES:
             raise EngineError(f"the torch engine has no device '{name}'; choose one of: {choices(DEVICES)}")
-        if name == "cuda" and not torch.cuda.is_available():
+        if name == "cuda" and not cuda_is_available():
             raise EngineError("torch sees no CUDA device; install a build of torch for CUDA, or use the device cpu")
         self._bundle = bundle
         self._device, self._double = torch.device(name), double
@@ -95,9 +99,7 @@ class TorchRuntime:
             )
         self._programs[graph] = stages
 
-    def _stages(
-        self, model: onnx.ModelProto, spec: GraphSpec, *, native: bool
-    ) -> tuple[Program, ...] | None:
+    def _stages(self, model: onnx.ModelProto, spec: GraphSpec, *, native: bool) -> tuple[Program, ...] | None:
         """Compile the stages of ``model``; None if a stage reads what the manifest does not say that it reads."""
         found = {f.name: native_kernel(f) if native else None for f in model.functions}
         functions = {name: kernel for name, kernel in found.items() if kernel is not None}
@@ -170,5 +172,3 @@ class TorchRuntime:
         if graph not in graphs:
             raise EngineError(f"the bundle has no graph '{graph}'; it has: {choices(graphs)}")
         return graphs[graph]
-
-

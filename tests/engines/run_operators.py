@@ -17,7 +17,8 @@ import onnxruntime
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from edgetune.bundle import Bundle
-from edgetune.engines.onnxruntime import OnnxRuntime, return_memory_to_the_system
+from edgetune.engines.heap import return_memory_to_the_system
+from edgetune.engines.onnxruntime import OnnxRuntime
 from edgetune.telemetry.process import PeakMeter, resident_bytes
 
 SHAPE = (4096, 4096)

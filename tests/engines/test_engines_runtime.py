@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from edgetune.bundle import Array, Bundle
+from edgetune.engines.choice import make_runtime
 from edgetune.engines.onnxruntime import OnnxRuntime, import_onnxruntime, providers
-from edgetune.engines.session import make_runtime
 from edgetune.errors import EngineError, UsageError
 from tests.engines.workshop import bundle_of
 
@@ -114,7 +114,7 @@ def test_an_unknown_graph_is_named_with_those_that_there_are(runtime: OnnxRuntim
 
 
 def test_an_unknown_engine_is_a_usage_error(bundle: Bundle) -> None:
-    with pytest.raises(UsageError, match="no engine 'tflite'; choose one of: auto, onnxruntime"):
+    with pytest.raises(UsageError, match="no engine 'tflite'; choose one of: auto, onnxruntime, torch"):
         make_runtime(bundle, "tflite")
 
 

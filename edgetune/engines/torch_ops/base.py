@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from onnx import TensorProto
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from edgetune.errors import EngineError, choices
 
 Kernel = Callable[..., "Tensor | tuple[Tensor, ...]"]
 
-_TYPES = {
+_TYPES: dict[int, torch.dtype] = {
     TensorProto.BOOL: torch.bool,
     TensorProto.UINT8: torch.uint8,
     TensorProto.INT8: torch.int8,
@@ -45,11 +45,13 @@ def torch_type(code: int, *, double: bool = False) -> torch.dtype:
         EngineError: torch has none that its operators know.
     """
     if code not in _TYPES:
-        names = choices(TensorProto.DataType.Name(known) for known in _TYPES)
-        raise EngineError(
-            f"the torch engine has no element type {TensorProto.DataType.Name(code)}; it has: {names}"
-        )
+        names = choices(_type_name(known) for known in _TYPES)
+        raise EngineError(f"the torch engine has no element type {_type_name(code)}; it has: {names}")
     return torch.float64 if double and code == TensorProto.FLOAT else _TYPES[code]
+
+
+def _type_name(code: int) -> str:
+    return str(helper.tensor_dtype_to_string(code)).removeprefix("TensorProto.")
 
 
 @dataclass(frozen=True)
@@ -118,11 +120,18 @@ def spatial_padding(
 
 
 def pad_spatial(x: Tensor, begin: Sequence[int], end: Sequence[int], value: float = 0.0) -> Tensor:
-    """Return ``x`` with its last axes padded by ``begin`` and ``end``; negative numbers cut. ``x`` itself if all are 0."""
+    """Return ``x`` with its last axes padded; negative numbers cut. Where all are 0, ``x`` itself."""
     if not any(begin) and not any(end):
         return x
     pairs = [side for pair in zip(reversed(begin), reversed(end), strict=True) for side in pair]
     return torch.nn.functional.pad(x, pairs, value=value)
+
+
+def broadcast(*shapes: Sequence[int]) -> list[int]:
+    """Return the shape that ``shapes`` broadcast to; where they do not, torch's operator will say so."""
+    rank = max(len(shape) for shape in shapes)
+    padded = [[1] * (rank - len(shape)) + list(shape) for shape in shapes]
+    return [next((extent for extent in column if extent != 1), 1) for column in zip(*padded, strict=True)]
 
 
 def owned(result: Tensor, *inputs: Tensor | None) -> Tensor:

@@ -59,4 +59,3 @@ def _transposed_padding(
 
 
 KERNELS: dict[str, Kernel] = {"Conv": _conv, "ConvTranspose": _conv_transpose}
-

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +14,11 @@ from edgetune.engines.torch_ops.base import Call, Kernel
 from edgetune.errors import EngineError
 
 
-def _unary(function: Callable[[Tensor], Tensor]) -> Kernel:
+def _unary(function: Any) -> Kernel:
     return lambda n, x: function(x)
 
 
-def _binary(function: Callable[[Tensor, Tensor], Tensor]) -> Kernel:
+def _binary(function: Any) -> Kernel:
     return lambda n, a, b: function(a, b)
 
 
@@ -75,8 +76,8 @@ def _elu(n: Call, x: Tensor) -> Tensor:
 
 
 def _selu(n: Call, x: Tensor) -> Tensor:
-    alpha, gamma = n.get("alpha", 1.67326319217681884765625), n.get("gamma", 1.05070102214813232421875)
-    return functional.elu(x, alpha) * gamma
+    gamma: float = n.get("gamma", 1.05070102214813232421875)
+    return functional.elu(x, n.get("alpha", 1.67326319217681884765625)).mul_(gamma)
 
 
 def _celu(n: Call, x: Tensor) -> Tensor:
@@ -101,7 +102,8 @@ def _thresholded_relu(n: Call, x: Tensor) -> Tensor:
 
 
 def _hard_sigmoid(n: Call, x: Tensor) -> Tensor:
-    return (x * n.get("alpha", 0.2)).add_(n.get("beta", 0.5)).clamp_(0, 1)
+    alpha: float = n.get("alpha", 0.2)
+    return (x * alpha).add_(n.get("beta", 0.5)).clamp_(0, 1)
 
 
 def _shrink(n: Call, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
-from edgetune.engines.torch_ops.base import Call, Kernel
+from edgetune.engines.torch_ops.base import Call, Kernel, broadcast
 from edgetune.errors import EngineError
 
 
@@ -52,7 +52,9 @@ def _transpose(n: Call, x: Tensor) -> Tensor:
 
 
 def _expand(n: Call, x: Tensor, shape: Tensor) -> Tensor:
-    return x.expand(torch.broadcast_shapes(tuple(x.shape), tuple(n.listed(1, shape) or [])))
+    wanted = n.listed(1, shape) or []
+    # either side may be the longer one, and either extent 1
+    return torch.broadcast_to(x, broadcast(x.shape, wanted))
 
 
 def _tile(n: Call, x: Tensor, repeats: Tensor) -> Tensor:
@@ -70,7 +72,7 @@ def _split(n: Call, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...
         count = n.get("num_outputs", n.outputs)
         each = -(-x.shape[axis] // count)
         given = [min(each, max(x.shape[axis] - i * each, 0)) for i in range(count)]
-    return tuple(piece.clone(memory_format=torch.contiguous_format) for piece in x.split(given, axis))
+    return tuple(piece.clone(memory_format=torch.contiguous_format) for piece in torch.split(x, given, axis))
 
 
 def _slice(
@@ -155,10 +157,7 @@ def _space_to_depth(n: Call, x: Tensor) -> Tensor:
     size = n.get("blocksize")
     batch, channels, height, width = x.shape
     y = x.reshape(batch, channels, height // size, size, width // size, size)
-    if n.get("mode", "DCR") == "DCR":
-        y = y.permute(0, 3, 5, 1, 2, 4)
-    else:
-        y = y.permute(0, 1, 3, 5, 2, 4)
+    y = y.permute(0, 3, 5, 1, 2, 4) if n.get("mode", "DCR") == "DCR" else y.permute(0, 1, 3, 5, 2, 4)
     return _copied(y).reshape(batch, channels * size * size, height // size, width // size)
 
 
@@ -196,7 +195,7 @@ def _range(n: Call, start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
 
 def _eye_like(n: Call, x: Tensor) -> Tensor:
     dtype = n.type_of(n.get("dtype")) if "dtype" in n.attributes else x.dtype
-    offset = n.get("k", 0)
+    offset: int = n.get("k", 0)
     rows = torch.arange(x.shape[0], device=x.device)[:, None]
     return (rows + offset == torch.arange(x.shape[1], device=x.device)).to(dtype)
 

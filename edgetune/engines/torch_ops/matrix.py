@@ -15,7 +15,8 @@ def _matmul(n: Call, a: Tensor, b: Tensor) -> Tensor:
 def _gemm(n: Call, a: Tensor, b: Tensor, c: Tensor | None = None) -> Tensor:
     left = a.t() if n.get("transA", 0) else a
     right = b.t() if n.get("transB", 0) else b
-    alpha, beta = n.get("alpha", 1.0), n.get("beta", 1.0)
+    alpha: float = n.get("alpha", 1.0)
+    beta: float = n.get("beta", 1.0)
     if c is None:
         product = torch.mm(left, right)
         return product if alpha == 1.0 else product.mul_(alpha)

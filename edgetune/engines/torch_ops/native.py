@@ -47,7 +47,9 @@ def _weight_gradient(function: FunctionProto) -> Kernel | None:
     groups, spatial = int(found["g"]), len(extents)
     if len(function.input) != inputs or (letters and (found["codec"] != "hosvd" or spatial != 2)):
         return None
-    taps = _Taps(extents, _numbers(found["k"]), _numbers(found["s"]), _numbers(found["d"]), _numbers(found["p"]), groups)
+    taps = _Taps(
+        extents, _numbers(found["k"]), _numbers(found["s"]), _numbers(found["d"]), _numbers(found["p"]), groups
+    )
     shape = [outputs, each, *taps.kernel]
 
     # dW[o,c,k,l] = Σ_b,y,x X[b,c,y·s+k·d,x·s+l·d] · dY[b,o,y,x]
@@ -68,9 +70,10 @@ def _weight_gradient(function: FunctionProto) -> Kernel | None:
         if "c" not in bases:
             return z4.reshape(shape)
         flat = z4.reshape(groups, outputs // groups, -1, math.prod(taps.kernel))
-        return (bases["c"].unsqueeze(1) @ flat).reshape(shape)
+        return torch.matmul(bases["c"].unsqueeze(1), flat).reshape(shape)
 
-    return {"dense": dense, "svd": svd, "hosvd": hosvd}[found["codec"]]
+    kernels: dict[str, Kernel] = {"dense": dense, "svd": svd, "hosvd": hosvd}
+    return kernels[found["codec"]]
 
 
 def _batch_rank(factor: Tensor, dy: Tensor) -> Tensor:

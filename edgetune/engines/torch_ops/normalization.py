@@ -69,12 +69,16 @@ def _mean_variance_normalization(n: Call, x: Tensor) -> Tensor:
 
 
 def _lrn(n: Call, x: Tensor) -> Tensor:
-    size = n.get("size")
+    size: int = n.get("size")
+    alpha: float = n.get("alpha", 1e-4)
     squares = x.square().unsqueeze(1)
     before = (size - 1) // 2
     squares = functional.pad(squares, [0, 0] * (x.ndim - 2) + [before, size - 1 - before])
-    total = sum(squares[:, 0].narrow(1, k, x.shape[1]) for k in range(size))
-    return x / (n.get("bias", 1.0) + n.get("alpha", 1e-4) / size * total).pow(n.get("beta", 0.75))
+    total = torch.zeros_like(x)
+    for place in range(size):
+        total += squares[:, 0].narrow(1, place, x.shape[1])
+    scale: Tensor = (total * (alpha / size) + n.get("bias", 1.0)).pow(n.get("beta", 0.75))
+    return x / scale
 
 
 def _along(n: Call, x: Tensor, function: str) -> Tensor:
@@ -93,7 +97,7 @@ def _along_(n: Call, x: Tensor, function: str) -> Tensor:
     if n.opset < 13 or axis == 0 or x.numel() <= _CHUNK_ELEMENTS:
         return x.copy_(_along(n, x, function))
     rows = x.flatten(0, axis - 1) if axis > 1 else x
-    for piece in rows.split(max(_CHUNK_ELEMENTS * len(rows) // x.numel(), 1)):
+    for piece in torch.split(rows, max(_CHUNK_ELEMENTS * len(rows) // x.numel(), 1)):
         piece.copy_(getattr(torch, function)(piece, 1))
     return x
 

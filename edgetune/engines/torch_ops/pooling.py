@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,8 +74,8 @@ class _Window:
         return result
 
 
-_MAX = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
-_AVERAGE = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
+_MAX: dict[int, Any] = {1: functional.max_pool1d, 2: functional.max_pool2d, 3: functional.max_pool3d}
+_AVERAGE: dict[int, Any] = {1: functional.avg_pool1d, 2: functional.avg_pool2d, 3: functional.avg_pool3d}
 
 
 def _max_pool(n: Call, x: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -124,7 +125,8 @@ def _average_pool(n: Call, x: Tensor) -> Tensor:
     window, include = _Window.of(n, x), bool(n.get("count_include_pad", 0))
     if window.plain and set(window.dilations) == {1}:
         average = _AVERAGE[x.ndim - 2]
-        return average(x, window.kernel, window.strides, window.begin, count_include_pad=include)
+        made: Tensor = average(x, window.kernel, window.strides, window.begin, count_include_pad=include)
+        return made
     mask = torch.ones([1, 1, *window.input], dtype=x.dtype, device=x.device)
     if include:
         mask = pad_spatial(mask, window.begin, window.end, 1.0)

@@ -14,7 +14,7 @@ from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
 from edgetune.engines.torch_ops import ALIASING, IN_PLACE, OPERATORS
-from edgetune.engines.torch_ops.base import Call, Kernel
+from edgetune.engines.torch_ops.base import Call, Kernel, broadcast
 from edgetune.engines.torch_ops.elementwise import INTO
 from edgetune.engines.torch_ops.layout import constant
 from edgetune.errors import EngineError, choices
@@ -126,7 +126,14 @@ class Program:
                     over = IN_PLACE[node.op_type]
             steps.append(
                 _Step(
-                    call, kernel, tuple(node.input), tuple(node.output), captured if _has_body(node) else None, tuple(dies.get(index, ())), over, shared
+                    call,
+                    kernel,
+                    tuple(node.input),
+                    tuple(node.output),
+                    captured if _has_body(node) else None,
+                    tuple(dies.get(index, ())),
+                    over,
+                    shared,
                 )
             )
         return tuple(steps)
@@ -207,7 +214,7 @@ def _alone(value: Tensor, lent: bool) -> Tensor:
 def _fits(target: Tensor, given: Sequence[Tensor | None]) -> bool:
     inputs = [x for x in given if x is not None]
     same_type = target.is_floating_point() and all(x.dtype == target.dtype for x in inputs)
-    return same_type and torch.broadcast_shapes(*(x.shape for x in inputs)) == target.shape
+    return same_type and broadcast(*(x.shape for x in inputs)) == list(target.shape)
 
 
 def _has_body(node: NodeProto) -> bool:

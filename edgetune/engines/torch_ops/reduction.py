@@ -94,11 +94,11 @@ def _norm(order: int, exact: Kernel, after: Callable[[Tensor], Tensor] | None = 
 
 def _search(largest: bool) -> Kernel:
     def kernel(n: Call, x: Tensor) -> Tensor:
-        axis = n.get("axis", 0)
+        axis: int = n.get("axis", 0)
         find = torch.argmax if largest else torch.argmin
         if not n.get("select_last_index", 0):
             return find(x, axis, keepdim=bool(n.get("keepdims", 1)))
-        found = x.shape[axis] - 1 - find(x.flip(axis), axis, keepdim=bool(n.get("keepdims", 1)))
+        found: Tensor = x.shape[axis] - 1 - find(x.flip(axis), axis, keepdim=bool(n.get("keepdims", 1)))
         return found
 
     return kernel
