@@ -18,6 +18,7 @@ from onnx import AttributeProto, TensorProto, numpy_helper
 from onnx.backend.test.loader import load_model_tests
 from torch import Tensor
 
+from edgetune.autodiff.rules import RULES
 from edgetune.bundle import Array
 from edgetune.engines.torch_ops import ALIASING, IN_PLACE, OPERATORS
 from edgetune.engines.torch_ops.base import ELEMENT_TYPES
@@ -154,6 +155,10 @@ def test_the_excluded_float16_test_is_closer_to_float64_than_its_expectation() -
         {name: wide(value) for name, value in feeds.items()}, [output]
     )[output]
     assert (found - exact).abs().max() < (tensor_of(expected[0]).double() - exact).abs().max()
+
+
+def test_every_operator_that_has_a_reverse_rule_is_known() -> None:
+    assert set(RULES) - {"Linear"} <= set(OPERATORS)  # Linear is expanded before a graph is written
 
 
 # ---- the laws of a kernel -----------------------------------------------------------------------------------------

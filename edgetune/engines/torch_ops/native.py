@@ -26,10 +26,10 @@ def native_kernel(function: FunctionProto) -> Kernel | None:
     return None
 
 
-# ConvWeightGrad_<codec>[_<letters of the bases>]_<geometry>_w<outputs>x<inputs per group>
+# ConvWeightGrad_<geometry>_w<outputs>x<inputs per group>_<codec>[_<letters of the bases>]
 _WEIGHT_GRADIENT = re.compile(
-    r"ConvWeightGrad_(?P<codec>dense|svd|hosvd)(?P<letters>(?:_[chw])*)_g(?P<g>\d+)_i(?P<i>[\dx]+)_k(?P<k>[\dx]+)"
-    r"_s(?P<s>[\dx]+)_d(?P<d>[\dx]+)_p(?P<p>[\dx]+)_w(?P<w>\d+x\d+)"
+    r"ConvWeightGrad_g(?P<g>\d+)_i(?P<i>[\dx]+)_k(?P<k>[\dx]+)_s(?P<s>[\dx]+)_d(?P<d>[\dx]+)_p(?P<p>[\dx]+)"
+    r"_w(?P<w>\d+x\d+)_(?P<codec>dense|svd|hosvd)(?P<letters>(?:_[chw])*)"
 )
 
 
@@ -47,6 +47,8 @@ def _weight_gradient(function: FunctionProto) -> Kernel | None:
     groups, spatial = int(found["g"]), len(extents)
     if len(function.input) != inputs or (letters and (found["codec"] != "hosvd" or spatial != 2)):
         return None
+    if math.prod(_numbers(found["k"])) == 1:
+        return None  # one matrix product: the body is as fast
     taps = _Taps(
         extents, _numbers(found["k"]), _numbers(found["s"]), _numbers(found["d"]), _numbers(found["p"]), groups
     )
@@ -69,6 +71,8 @@ def _weight_gradient(function: FunctionProto) -> Kernel | None:
         z4 = taps.gradient(z.reshape(z.shape[0], -1, *extents), _batch_rank(factor, dy))
         if "c" not in bases:
             return z4.reshape(shape)
+        if groups == 1:  # a 1×1 convolution writes dW where it belongs
+            return torch.convolution(z4, bases["c"][0][..., None, None], None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
         flat = z4.reshape(groups, outputs // groups, -1, math.prod(taps.kernel))
         return torch.matmul(bases["c"].unsqueeze(1), flat).reshape(shape)
 

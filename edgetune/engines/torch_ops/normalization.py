@@ -91,6 +91,14 @@ def _along(n: Call, x: Tensor, function: str) -> Tensor:
     return flat.reshape(x.shape)
 
 
+def _hardmax(n: Call, x: Tensor) -> Tensor:
+    axis: int = n.get("axis", -1 if n.opset >= 13 else 1) % x.ndim
+    flat = x if n.opset >= 13 else x.reshape(math.prod(x.shape[:axis]), -1)
+    along = axis if n.opset >= 13 else 1
+    best = flat.argmax(along, keepdim=True)
+    return torch.zeros_like(flat).scatter_(along, best, 1.0).reshape(x.shape)
+
+
 def _along_(n: Call, x: Tensor, function: str) -> Tensor:
     """Write the result over ``x``, a few rows at a time, so that no second tensor of its size exists."""
     axis = n.get("axis", -1) % x.ndim
@@ -105,6 +113,7 @@ def _along_(n: Call, x: Tensor, function: str) -> Tensor:
 KERNELS: dict[str, Kernel] = {
     "BatchNormalization": _batch_norm,
     "GroupNormalization": _group_norm,
+    "Hardmax": _hardmax,
     "InstanceNormalization": _instance_norm,
     "LRN": _lrn,
     "LayerNormalization": _layer_norm,
