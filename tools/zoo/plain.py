@@ -187,6 +187,8 @@ class ConvNet1d(nn.Module):
             nn.ELU(),
             nn.Conv1d(12, 12, 3, padding=1, padding_mode="reflect"),
             nn.Softplus(),
+            nn.Conv1d(12, 12, 1),
+            nn.Softplus(beta=2.0),
             nn.AdaptiveAvgPool1d(1),
         )
         self.classifier = nn.Linear(12, classes)
@@ -225,7 +227,7 @@ class MixedNorms(nn.Module):
 
 
 class TiedTokens(nn.Module):
-    """A causal language model of one attention layer, whose embedding is also its output matrix.
+    """A causal language model of one layer, whose embedding is also its output matrix.
 
     Press, Wolf: "Using the Output Embedding to Improve Language Models", 2017. Input int64 [b, t]; output [b, k, t], so
     that the classes lie on axis 1 as cross-entropy wants them.
@@ -239,6 +241,9 @@ class TiedTokens(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.project = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
         self.output = nn.Linear(width, words, bias=False)
         self.output.weight = self.embedding.weight
 
@@ -247,6 +252,7 @@ class TiedTokens(nn.Module):
         q, k, v = self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.project(mixed.transpose(1, 2).flatten(2))
+        x = x + self.mlp(x)
         result: Tensor = self.output(x)
         return result.transpose(1, 2)
 
