@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from edgetune.export.source import Signature
 from torch import Tensor, nn
 from torch.nn import functional
 
 import edgetune
 from edgetune.autodiff.losses import loss_named
 from edgetune.bundle import Array, Bundle
+from edgetune.export.source import Signature
 from tools.kinks import Kinks, near_kinks
 
 SEEDS = 12

@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from edgetune.export.source import Signature
 from torch import Tensor, nn
 
+from edgetune.export.source import Signature
 from tools import gradients, parity
 from tools.gradients import Comparison, Row, Settings, Subject
 from tools.kinks import Kinks, near_kinks

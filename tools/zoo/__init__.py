@@ -84,7 +84,7 @@ def randomise(model: nn.Module, seed: int) -> nn.Module:
 
 
 def measure_batch_norms(model: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
-    """Set every batch-norm's statistics to those of ``inputs``, then off by some tenths; so no depth blows up the signal.
+    """Set every batch-norm's statistics to those of ``inputs``, off by some tenths: depth does not blow up the signal.
 
     Off, because a batch-norm that normalises exactly would hide a mean or a variance that is left out.
     """

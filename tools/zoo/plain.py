@@ -90,9 +90,7 @@ class PSPNet(nn.Module):
         super().__init__()
         self.backbone = _Backbone()
         self.stages = nn.ModuleList(
-            nn.Sequential(
-                nn.AdaptiveAvgPool2d(size), nn.Conv2d(16, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU()
-            )
+            nn.Sequential(nn.AdaptiveAvgPool2d(size), nn.Conv2d(16, 4, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
             for size in bins
         )
         self.bottleneck = _conv_block(16 + 4 * len(bins), 8)
@@ -110,7 +108,7 @@ class PSPNet(nn.Module):
 
 
 class DeepLabV3(nn.Module):
-    """Atrous spatial pyramid pooling: 1 x 1, dilations 2, 4 and 6, and the image's mean (Chen et al. 2017, figure 5)."""
+    """Atrous spatial pyramid pooling: 1 x 1, dilations 2, 4 and 6, the image's mean (Chen et al. 2017, figure 5)."""
 
     def __init__(self, classes: int = 5, dilations: Sequence[int] = (2, 4, 6)) -> None:
         super().__init__()
@@ -118,7 +116,9 @@ class DeepLabV3(nn.Module):
         pointwise = nn.Sequential(nn.Conv2d(16, 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
         self.branches = nn.ModuleList([pointwise, *(_conv_block(16, 8, 1, d) for d in dilations)])
         self.image = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Conv2d(16, 8, 1, bias=False), nn.ReLU())
-        self.project = nn.Sequential(nn.Conv2d(8 * (len(dilations) + 2), 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.project = nn.Sequential(
+            nn.Conv2d(8 * (len(dilations) + 2), 8, 1, bias=False), nn.BatchNorm2d(8), nn.ReLU()
+        )
         self.classifier = nn.Conv2d(8, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,14 +5,17 @@ Knows torch and transformers. Weights are drawn by ``tools.zoo.randomise``.
 
 from __future__ import annotations
 
-import transformers
-from torch import nn
+import importlib
+from typing import Any
+
+# Untyped on purpose: its configurations take more keywords than their signatures say.
+transformers: Any = importlib.import_module("transformers")
 
 CLASSES = 10
 PIXEL_CLASSES = 5
 
 
-def _resnet(layer_type: str, depths: list[int]) -> nn.Module:
+def _resnet(layer_type: str, depths: list[int]) -> Any:
     wide = 4 if layer_type == "bottleneck" else 1
     return transformers.ResNetForImageClassification(
         transformers.ResNetConfig(
@@ -25,28 +28,28 @@ def _resnet(layer_type: str, depths: list[int]) -> nn.Module:
     )
 
 
-def resnet18() -> nn.Module:
+def resnet18() -> Any:
     """ResNet-18's blocks, narrow."""
     return _resnet("basic", [2, 2, 2, 2])
 
 
-def resnet34() -> nn.Module:
+def resnet34() -> Any:
     """ResNet-34's blocks, narrow."""
     return _resnet("basic", [3, 4, 6, 3])
 
 
-def resnet50() -> nn.Module:
+def resnet50() -> Any:
     """ResNet-50's bottleneck blocks, narrow."""
     return _resnet("bottleneck", [3, 4, 6, 3])
 
 
-def mobilenet_v2() -> nn.Module:
+def mobilenet_v2() -> Any:
     """MobileNetV2 at a quarter of its width."""
     config = transformers.MobileNetV2Config(image_size=32, depth_multiplier=0.25, num_labels=CLASSES)
     return transformers.MobileNetV2ForImageClassification(config)
 
 
-def efficientnet() -> nn.Module:
+def efficientnet() -> Any:
     """EfficientNet: B0's blocks (kernels 3 and 5, squeeze and excitation) at a quarter of its width, one per stage."""
     config = transformers.EfficientNetConfig(
         image_size=32,
@@ -58,7 +61,7 @@ def efficientnet() -> nn.Module:
     return transformers.EfficientNetForImageClassification(config)
 
 
-def vit() -> nn.Module:
+def vit() -> Any:
     """A vision transformer of three layers."""
     config = transformers.ViTConfig(
         image_size=16,
@@ -72,12 +75,12 @@ def vit() -> nn.Module:
     return transformers.ViTForImageClassification(config)
 
 
-def swin() -> nn.Module:
+def swin() -> Any:
     """Swin: two stages of two layers; windows of 4, the second layer of the first stage with shifted ones."""
     return transformers.SwinForImageClassification(_swin_config())
 
 
-def _swin_config(**more: object) -> transformers.SwinConfig:
+def _swin_config(**more: object) -> Any:
     return transformers.SwinConfig(
         image_size=32,
         patch_size=4,
@@ -90,7 +93,7 @@ def _swin_config(**more: object) -> transformers.SwinConfig:
     )
 
 
-def convnext() -> nn.Module:
+def convnext() -> Any:
     """ConvNeXt: kernels of 7, LayerNorm over channels, layer scale."""
     config = transformers.ConvNextConfig(
         image_size=32, hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 2, 1], num_labels=CLASSES
@@ -98,7 +101,7 @@ def convnext() -> nn.Module:
     return transformers.ConvNextForImageClassification(config)
 
 
-def segformer() -> nn.Module:
+def segformer() -> Any:
     """SegFormer: attention over reduced sequences, an MLP head over four scales. Output at a quarter of the extent."""
     config = transformers.SegformerConfig(
         depths=[1, 1, 1, 1],
@@ -112,7 +115,7 @@ def segformer() -> nn.Module:
     return transformers.SegformerForSemanticSegmentation(config)
 
 
-def upernet_convnext() -> nn.Module:
+def upernet_convnext() -> Any:
     """UPerNet (pyramid pooling and a feature pyramid) on ConvNeXt."""
     backbone = transformers.ConvNextConfig(
         hidden_sizes=[8, 12, 16, 24], depths=[1, 1, 1, 1], out_features=["stage1", "stage2", "stage3", "stage4"]
@@ -120,12 +123,12 @@ def upernet_convnext() -> nn.Module:
     return _upernet(backbone)
 
 
-def upernet_swin() -> nn.Module:
+def upernet_swin() -> Any:
     """UPerNet on Swin, two stages."""
     return _upernet(_swin_config(out_features=["stage1", "stage2"]))
 
 
-def _upernet(backbone: object) -> nn.Module:
+def _upernet(backbone: object) -> Any:
     config = transformers.UperNetConfig(
         backbone_config=backbone,
         hidden_size=12,
@@ -136,7 +139,7 @@ def _upernet(backbone: object) -> nn.Module:
     return transformers.UperNetForSemanticSegmentation(config)
 
 
-def mobilenet_v2_deeplab() -> nn.Module:
+def mobilenet_v2_deeplab() -> Any:
     """MobileNetV2 with the head of DeepLabV3+."""
     config = transformers.MobileNetV2Config(
         image_size=48, depth_multiplier=0.25, output_stride=16, finegrained_output=True, num_labels=PIXEL_CLASSES
@@ -144,7 +147,7 @@ def mobilenet_v2_deeplab() -> nn.Module:
     return transformers.MobileNetV2ForSemanticSegmentation(config)
 
 
-def mobilevit_deeplab() -> nn.Module:
+def mobilevit_deeplab() -> Any:
     """MobileViT with the head of DeepLabV3."""
     config = transformers.MobileViTConfig(
         image_size=48,
@@ -157,7 +160,7 @@ def mobilevit_deeplab() -> nn.Module:
     return transformers.MobileViTForSemanticSegmentation(config)
 
 
-def dpt() -> nn.Module:
+def dpt() -> Any:
     """DPT: a vision transformer read at four depths and fused from coarse to fine."""
     config = transformers.DPTConfig(
         image_size=32,
