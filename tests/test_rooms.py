@@ -45,7 +45,7 @@ TABLE = {
     "export": Room(
         _words("bundle codecs planning autodiff errors units version"),
         _words("numpy safetensors onnx onnx_ir"),
-        lazy_libraries=_words("torch onnxscript"),
+        lazy_libraries=_words("torch onnxscript flatbuffers"),
     ),
     "engines": Room(_words("bundle codecs planning errors units"), _words("numpy")),
     "telemetry": Room(_words("bundle errors units")),
