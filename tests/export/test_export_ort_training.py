@@ -279,6 +279,27 @@ def test_with_full_ranks_the_sketch_does_not_matter(training_build: Run, tmp_pat
     assert worst_error(under(seen, "final/trained/"), ours.parameters()) < TOLERANCE
 
 
+def forward_model(root: Path, bundle: Bundle) -> Path:
+    """Write the forward pass alone, parameters as initializers: what users give to Microsoft's generate_artifacts."""
+    model = onnx.load(root / "eval_model.onnx")
+    for values in (model.graph.input, model.graph.output):
+        kept = [value for value in values if value.name in (bundle.manifest.inputs[0].name, "logits")]
+        del values[:]
+        values.extend(kept)
+    for name, value in bundle.initial_parameters().items():
+        model.graph.initializer.append(numpy_helper.from_array(value, name))
+    needed: set[str] = {"logits"}
+    nodes: list[onnx.NodeProto] = []
+    for node in reversed(model.graph.node):
+        if needed.intersection(node.output):
+            needed.update(node.input)
+            nodes.insert(0, onnx.NodeProto.FromString(node.SerializeToString()))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, root / "forward.onnx")
+    return root / "forward.onnx"
+
+
 def test_the_gradient_graph_of_the_training_build_agrees_with_ours(
     training_build: Run, bundles: Bundles, tmp_path: Path
 ) -> None:
@@ -287,25 +308,8 @@ def test_the_gradient_graph_of_the_training_build_agrees_with_ours(
     names = [spec.name for spec in bundle.manifest.parameters]
     sample = sample_away_from_kinks(models.digits_resnet(), names, shape, BATCH, len(bundle.manifest.classes))
     plan = edgetune.plan(bundle, batch=BATCH)
-    # the forward pass alone, parameters as initializers: what its users give to Microsoft's generate_artifacts
-    model = onnx.load(write(bundle, plan, tmp_path) / "eval_model.onnx")
-    parameters = bundle.initial_parameters()
-    for values in (model.graph.input, model.graph.output):
-        kept = [value for value in values if value.name in (bundle.manifest.inputs[0].name, "logits")]
-        del values[:]
-        values.extend(kept)
-    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in parameters.items())
-    needed: set[str] = {"logits"}
-    nodes: list[onnx.NodeProto] = []
-    for node in reversed(model.graph.node):
-        if needed.intersection(node.output):
-            needed.update(node.input)
-            nodes.insert(0, node)
-    copies = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del model.graph.node[:]
-    model.graph.node.extend(copies)
-    onnx.save(model, tmp_path / "forward.onnx")
-    seen = training_build("gradients", tmp_path / "forward.onnx", [(sample.x, sample.y)], *names)
+    forward = forward_model(write(bundle, plan, tmp_path), bundle)
+    seen = training_build("gradients", forward, [(sample.x, sample.y)], *names)
     loss, gradients = edgetune.TrainingSession(bundle, plan, verify=False).gradients(sample.x, sample.y)
     assert loss == pytest.approx(float(seen["loss"]), rel=TOLERANCE)
     assert worst_error(gradients, under(seen, "gradient/")) < TOLERANCE
