@@ -33,7 +33,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import edgetune  # noqa: E402
-from edgetune.engines.session import ENGINES  # noqa: E402
+from edgetune.engines.choice import ENGINES  # noqa: E402
 from edgetune.errors import EdgeTuneError  # noqa: E402
 from edgetune.export.source import Signature, load_source  # noqa: E402
 from tools.gradients import (  # noqa: E402

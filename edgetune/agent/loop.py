@@ -129,6 +129,7 @@ class Agent:
         if config.once and found is None and self.stop_reason is None and not supply.ready():
             raise supply.no_data()
         self.parts = real_parts() if parts is None else parts
+        self.journal.event("engine", self.parts.engine(config.engine))
         request = PlanRequest(self.batch, config.budget_bytes, config.activation_budget_bytes, config.epsilon)
         runtime_bytes = self.parts.runtime_bytes(self.bundle, config.engine)
         self.budgeter = Budgeter(self.bundle.manifest, request, runtime_bytes, self.parts.reserve_bytes)

@@ -67,13 +67,14 @@ class Parts:
     """The replaceable parts of an agent.
 
     ``runtime_bytes(bundle, engine)`` is what the process takes before anything of a plan is allocated;
-    ``reserve_bytes`` are left free of a budget.
+    ``reserve_bytes`` are left free of a budget; ``engine(asked)`` tells which engine runs, and why.
     """
 
     session_factory: SessionFactory
     meter: Meter
     runtime_bytes: Callable[[Bundle, str], int]
     reserve_bytes: int = 0
+    engine: Callable[[str], str] = str
 
 
 def real_parts() -> Parts:
@@ -83,8 +84,9 @@ def real_parts() -> Parts:
         EngineError: no runtime is installed.
     """
     from edgetune.agent.baseline import measure_runtime
+    from edgetune.engines.choice import describe_engine
     from edgetune.engines.session import TrainingSession
     from edgetune.planning.plan import RESERVE_BYTES
     from edgetune.telemetry.process import PeakMeter
 
-    return Parts(TrainingSession, PeakMeter(), measure_runtime, RESERVE_BYTES)
+    return Parts(TrainingSession, PeakMeter(), measure_runtime, RESERVE_BYTES, describe_engine)

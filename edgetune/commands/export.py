@@ -7,6 +7,11 @@ from typing import Annotated
 
 import typer
 
+from edgetune.commands import _ort_training
+from edgetune.errors import UsageError, choices
+
+TARGETS = ("onnxruntime", _ort_training.NAME)
+
 
 def export(
     source: Annotated[
@@ -41,7 +46,7 @@ def export(
             help="cross_entropy, binary_cross_entropy, mse, dice, or file.py:factory: (outputs, targets) -> scalar.",
         ),
     ] = "cross_entropy",
-    target: Annotated[
+    target_shape: Annotated[
         str | None,
         typer.Option("--target-shape", help="SHAPE[:DTYPE] of one target of a loss of your own; ':int64' for a label."),
     ] = None,
@@ -59,6 +64,17 @@ def export(
     ] = None,
     mean: Annotated[str | None, typer.Option("--mean", help="Per channel: 0.5,0.5,0.5")] = None,
     std: Annotated[str | None, typer.Option("--std", help="Per channel, of inputs in [0, 1].")] = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target", help="onnxruntime: a bundle. ort-training: artifacts for Microsoft's onnxruntime-training."
+        ),
+    ] = "onnxruntime",
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Samples per step (ort-training).")] = 32,
+    epsilon: Annotated[float, typer.Option("--epsilon", help="Energy kept per mode, in (0, 1] (ort-training).")] = 0.9,
+    calibrate: Annotated[
+        Path | None, typer.Option("--calibrate", help="Folder of samples to measure the bases on (ort-training).")
+    ] = None,
 ) -> None:
     """Turn a trained model into a bundle that a device can keep training."""
     from rich.console import Console
@@ -76,7 +92,7 @@ def export(
         label_smoothing=label_smoothing,
         class_weights=floats(class_weights, "--class-weights"),
         ignore_index=ignore_index,
-        target=None if target is None else Signature.parse(target),
+        target=None if target_shape is None else Signature.parse(target_shape),
         outputs=tuple(outputs or ()),
         optimizer=optimizer,
         batch_norm=batch_norm,
@@ -86,8 +102,18 @@ def export(
         mean=floats(mean, "--mean"),
         std=floats(std, "--std"),
     )
+    if target not in TARGETS:
+        raise UsageError(f"there is no target '{target}'; choose one of: {choices(TARGETS)}")
+    signatures = [Signature.parse(text) for text in inputs or ()]
     with Console(stderr=True).status("capturing, splitting, differentiating"):
-        bundle = export_bundle(source, output, options, [Signature.parse(text) for text in inputs or ()])
+        if target == _ort_training.NAME:
+            setting = _ort_training.Setting(batch, epsilon, calibrate)
+            made = _ort_training.export_artifacts(source, output, options, signatures, setting)
+        else:
+            bundle = export_bundle(source, output, options, signatures)
+    if target == _ort_training.NAME:
+        print(made)
+        return
     layers = ", ".join(layer.name for layer in bundle.manifest.layers)
     size_bytes = sum(file.stat().st_size for file in bundle.path.iterdir())
     method = bundle.manifest.made_by.partition("(")[2].rstrip(")")

@@ -25,7 +25,7 @@ def plan(
         Path | None, typer.Option("--data", help="Folder of samples to measure the spectra on (as for run).")
     ] = None,
     batches: Annotated[int, typer.Option("--batches", min=1, help="Batches of it to measure on.")] = 2,
-    engine: Annotated[str, typer.Option("--engine", help="auto or onnxruntime.")] = "auto",
+    engine: Annotated[str, typer.Option("--engine", help="auto, onnxruntime or torch.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show per layer what is kept, the predicted peak, and the ε that the budget picks."""
@@ -49,7 +49,10 @@ def plan(
     if as_json:
         print(found.to_json())
     else:
+        from edgetune.engines.choice import describe_engine
+
         _show(found)
+        print(describe_engine(engine))
 
 
 def _show(found: Plan) -> None:

@@ -18,7 +18,7 @@ def run(
     activation_budget: Annotated[
         str | None, typer.Option("--activation-budget", help="What may be saved for the backward pass, such as 8MiB.")
     ] = None,
-    engine: Annotated[str, typer.Option("--engine", help="auto or onnxruntime.")] = "auto",
+    engine: Annotated[str, typer.Option("--engine", help="auto, onnxruntime or torch.")] = "auto",
     batch: Annotated[
         int | None, typer.Option("--batch", help="Samples per step (default: as the state was made with, else 32).")
     ] = None,

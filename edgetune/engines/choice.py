@@ -55,6 +55,12 @@ def choose_engine(engine: str = "auto") -> Choice:
     return Choice("onnxruntime", "onnxruntime is installed; neither it nor torch can use the NVIDIA device here")
 
 
+def describe_engine(engine: str = "auto") -> str:
+    """Return which engine runs, and why, for people; raises as :func:`choose_engine`."""
+    choice = choose_engine(engine)
+    return f"engine {choice.name}: {choice.reason}"
+
+
 def make_runtime(bundle: Bundle, engine: str = "auto") -> Runtime:
     """Return the runtime called ``engine``.
 

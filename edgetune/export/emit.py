@@ -71,9 +71,8 @@ class WeightFile:
     def initializer(self, name: str, value: Array) -> onnx.TensorProto:
         """Return the constant ``name``: a pointer into the file, or the value itself if it is small."""
         if name not in self._offsets:
-            return numpy_helper.from_array(
-                np.asarray(value, order="C"), name
-            )  # ascontiguousarray gives a scalar an axis
+            # not ascontiguousarray, which gives a scalar an axis
+            return numpy_helper.from_array(np.asarray(value, order="C"), name)
         offset, length = self._offsets[name]
         tensor = TensorProto(name=name, dims=value.shape, data_location=TensorProto.EXTERNAL)
         tensor.data_type = helper.np_dtype_to_tensor_dtype(value.dtype)
