@@ -20,7 +20,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from edgetune.autodiff.builder import GraphBuilder
 from edgetune.bundle import MANIFEST, WEIGHTS, Array, Bundle, write_manifest
+from edgetune.codecs.subspace import emit_top_subspace, top_subspace
 from edgetune.engines.onnxruntime import OnnxRuntime
 from edgetune.engines.torch import TorchRuntime
 from edgetune.engines.torch_ops.native import native_kernel
@@ -301,6 +303,20 @@ def test_a_function_of_another_signature_has_no_native_kernel(changed: str) -> N
     assert native_kernel(function) is None
     function.name = "ConvWeightGrad_g1_i8x8_k3x3_s1x1_d1x1_p1x1x1x1_w16x16_dense"
     assert native_kernel(function) is not None
+
+
+@pytest.mark.parametrize(("batch", "rank"), [(1, 1), (6, 6), (16, 5)])
+def test_the_basis_of_the_batch_is_the_one_that_the_codecs_oracle_finds(batch: int, rank: int) -> None:
+    g, rng = GraphBuilder(), np.random.default_rng(batch)
+    name = emit_top_subspace(g, "gram", "sketch")
+    constants = {key: torch.from_numpy(value) for key, value in g.constants.items()}
+    program = Program(g.nodes, ["gram", "sketch"], [name], constants, setting())
+    x = rng.standard_normal((batch, 40)) * np.geomspace(1, 1e-3, batch)[:, None]
+    gram, sketch = (x @ x.T).astype(np.float32), rng.standard_normal((batch, rank)).astype(np.float32)
+    found = program.run({"gram": torch.from_numpy(gram), "sketch": torch.from_numpy(sketch)}, [name])[name].numpy()
+    expected = top_subspace(gram, sketch)
+    assert np.abs(found.T @ found - np.eye(rank)).max() < 1e-5
+    assert np.abs(found @ found.T - expected @ expected.T).max() < 1e-4
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------

@@ -12,11 +12,32 @@ from torch import Tensor
 from edgetune.engines.torch_ops.base import Call, Kernel, owned
 from edgetune.errors import EngineError
 
+# The body by which codecs/subspace.py orthonormalises the columns of a matrix: ONNX has no QR, torch has.
+_REMAINDER = ("MatMul", "MatMul", "Sub", "ReduceL2", "Max", "Div")
+_GRAM_SCHMIDT = ("Transpose", "Unsqueeze", *_REMAINDER, *_REMAINDER, *_REMAINDER, "Unsqueeze", "MatMul", "Add")
+
+
+def _starts_empty(done: Tensor, rows: Tensor, units: Tensor) -> bool:
+    """Tell whether columns [b, r] that are all zero are filled, in their order, from ``rows`` [r, b], r <= b."""
+    if rows.ndim != 2 or done.shape != rows.t().shape or rows.shape[0] > rows.shape[1]:
+        return False
+    unit = torch.eye(len(rows), dtype=units.dtype, device=units.device)
+    return units.shape == unit.shape and bool(torch.equal(units, unit)) and not bool(done.any())
+
+
+def _orthonormal_columns(matrix: Tensor) -> Tensor:
+    """Return the basis that Gram-Schmidt finds: that of a QR decomposition whose R has a positive diagonal."""
+    q, r = torch.linalg.qr(matrix)
+    signs: Tensor = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return torch.mul(q, signs)
+
 
 def _scan(n: Call, *x: Tensor, outer: Mapping[str, Tensor]) -> tuple[Tensor, ...]:
     if n.opset < 9:
         raise EngineError(f"Scan '{n.name}' is of opset {n.opset}; the torch engine runs Scan from opset 9 on")
     body, scanned = n.get("body"), n.get("num_scan_inputs")
+    if body.operators == _GRAM_SCHMIDT and len(x) == 3 and _starts_empty(*x):
+        return (_orthonormal_columns(x[1].t()),)
     states, rows = list(x[: len(x) - scanned]), x[len(x) - scanned :]
     axes = n.get("scan_input_axes", [0] * scanned)
     backward = n.get("scan_input_directions", [0] * scanned)

@@ -101,6 +101,11 @@ class Program:
         outputs = [value.name for value in graph.output]
         return Program(graph.node, inputs, outputs, {**(around or {}), **own}, setting)
 
+    @property
+    def operators(self) -> tuple[str, ...]:
+        """The operators in the order in which they run."""
+        return tuple(step.call.op for step in self._steps)
+
     def _link(
         self, prepared: Sequence[tuple[NodeProto, Kernel, Call, tuple[str, ...]]], made: set[str]
     ) -> tuple[_Step, ...]:
