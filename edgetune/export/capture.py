@@ -127,7 +127,8 @@ def _capture_module(
                 f"tracing: {_first_line(second)}"
             ) from second
         method = f"tracing, because torch.export failed: {reason}"
-    _rename(proto, [*names, *targets], [*outputs, *([LOSS] if loss is not None else [])])
+    made = [*outputs, *([LOSS] if loss is not None else [])]
+    _rename(proto, [*names, *targets], made, _own_names(whole))
     trained = frozenset(name for name, _ in model.named_parameters())
     return Captured(to_opset(proto), trained, targets, method)
 
@@ -319,13 +320,32 @@ def _to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
     return proto
 
 
-def _rename(proto: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+def _own_names(whole: torch.nn.Module) -> dict[str, str]:
+    """Return what the model calls the parameters and buffers of the wrapper; a shared one by the first of its names."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    tensors = [*whole.named_parameters(remove_duplicate=False), *whole.named_buffers(remove_duplicate=False)]
+    for name, tensor in tensors:
+        names[name] = first.setdefault(id(tensor), name.removeprefix("model."))
+    return names
+
+
+def _rename(
+    proto: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str], own_names: Mapping[str, str]
+) -> None:
     """Give inputs and outputs their own names, and parameters the names that the model calls them."""
     graph = proto.graph
     names = {old.name: new for old, new in zip(graph.input, inputs, strict=True)}
+    kept: dict[str, onnx.TensorProto] = {}
     for tensor in graph.initializer:
-        if tensor.name.startswith("model."):
-            names[tensor.name] = tensor.name.removeprefix("model.")
+        name = own_names.get(tensor.name, tensor.name)
+        if name != tensor.name:
+            names[tensor.name] = name
+        kept.setdefault(name, tensor)  # tracing gives a shared weight once per name
+    if len(kept) < len(graph.initializer):
+        unique = list(kept.values())
+        del graph.initializer[:]
+        graph.initializer.extend(unique)
     taken = {name for node in graph.node for name in node.output} | {t.name for t in graph.initializer}
     for name in set(names.values()) & taken - set(names):
         names[name] = f"{name}.inner"

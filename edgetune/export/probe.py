@@ -20,6 +20,8 @@ from edgetune.errors import ExportError
 PROBE_BATCHES = (10007, 10009)  # primes that no extent of a model has
 _PROBE = PROBE_BATCHES[0]
 _ROUNDS = 8
+BATCH_SCOPE = "batch."
+"""What the names of tensors begin with that are made of nothing but the batch."""
 _NEVER_FOLDED = ("ConstantOfShape", "Expand", "Range", "Tile")  # where the batch would be written out as elements
 _FLOATS = (TensorProto.FLOAT, TensorProto.DOUBLE, TensorProto.FLOAT16)
 # Inputs that are settings, not weights: of these operators everything but the data.
@@ -145,12 +147,12 @@ class _Batch:
         self._count = 0
 
     def constant(self, value: Array) -> str:
-        name = f"batch.const.{len(self.constants)}"
+        name = f"{BATCH_SCOPE}const.{len(self.constants)}"
         self.constants.append(numpy_helper.from_array(value, name))
         return name
 
     def node(self, op: str, inputs: Sequence[str], **attributes: Any) -> str:
-        name = f"batch.{op.lower()}.{self._count}"
+        name = f"{BATCH_SCOPE}{op.lower()}.{self._count}"
         self._count += 1
         self.nodes.append(helper.make_node(op, inputs, [name], name=name, **attributes))
         return name

@@ -37,7 +37,7 @@ class Selection:
     """What is trained.
 
     Attributes:
-        layers: the weight layers of which a tensor is trained, in execution order.
+        layers: the weight layers whose weight is trained, in execution order.
         head: the weight layer nearest to the output, trained or not; None in a model without any.
         parameters: names of all trained tensors.
     """
@@ -109,7 +109,7 @@ def choose_trained(
     if train_norms:
         chosen += norm_parameters(graph, chosen)
     parameters = tuple(name for name in used if name in set(chosen))
-    trained = tuple(layer for layer in layers if set(layer.tensors) & set(parameters))
+    trained = tuple(layer for layer in layers if layer.weight in parameters)
     return Selection(trained, layers[-1] if layers else None, parameters)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from edgetune.autodiff.graph import ForwardGraph, Node, prune
 from edgetune.errors import ExportError
+from edgetune.export.probe import BATCH_SCOPE
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def split_graph(graph: ForwardGraph, trained: Collection[str]) -> Split:
     """
     active, tail_nodes, trunk_nodes = set(trained) | set(graph.targets), list[Node](), list[Node]()
     for node in graph.nodes:
-        if active.intersection(node.inputs):
+        if active.intersection(node.inputs) or _knows_batch(graph, node):
             active.update(node.outputs)
             tail_nodes.append(node)
         else:
@@ -55,6 +56,15 @@ def split_graph(graph: ForwardGraph, trained: Collection[str]) -> Split:
     constants = {name: value for name, value in graph.constants.items() if name in used}
     tail = dataclasses.replace(graph, nodes=tail_nodes, inputs=(*features, *graph.targets), constants=constants)
     return Split(tuple(prune(trunk_nodes, features)), tail, tuple(features))
+
+
+def _knows_batch(graph: ForwardGraph, node: Node) -> bool:
+    """Tell whether what ``node`` makes depends on the other samples: a trunk sees only some of the batch at a time.
+
+    That is the size of the batch, the place of a sample in it (what ``probe`` made of a Range), or a mean over it.
+    """
+    counts = any(name and all(extent > 0 for extent in graph.shapes[name]) for name in node.outputs)
+    return counts or (node.op == "CumSum" and node.inputs[0].startswith(BATCH_SCOPE))
 
 
 def _check_reach(graph: ForwardGraph, trained: Collection[str]) -> None:

@@ -124,7 +124,9 @@ class GraphWriter:
 
     def _calibrate(self) -> GraphSpec:
         g, tail = GraphBuilder(taken=set(self.graph.shapes)), self.split.tail
-        grams = emit_grams(g, tail, [slot for slot in self.slots if slot.codec.lossy])
+        slots = [slot for slot in self.slots if slot.codec.lossy]
+        needed = prune(tail.nodes, [slot.tensor for slot in slots])
+        grams = emit_grams(g, dataclasses.replace(tail, nodes=needed), slots)
         outputs = []
         for slot in self.slots:
             for mode in _modes(slot):

@@ -16,7 +16,12 @@ from edgetune.errors import BudgetError, BundleError, DataError, UnsupportedOper
 
 ROOT = Path(__file__).parents[2]
 FACTORY = """
+import torch
 from torch import nn
+
+class Cosh(nn.Module):
+    def forward(self, x):
+        return torch.cosh(x)
 
 def small():
     return nn.Sequential(
@@ -26,7 +31,7 @@ def small():
     )
 
 def strange():
-    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.Softplus(), nn.Flatten(), nn.Linear(4 * 14 * 14, 10))
+    return nn.Sequential(nn.Conv2d(1, 4, 3), Cosh(), nn.Flatten(), nn.Linear(4 * 14 * 14, 10))
 
 number = 7
 """
@@ -124,7 +129,7 @@ def test_run_then_status_and_report(place: Path, tmp_path: Path) -> None:
         (
             ["export", "factory.py:strange", "-o", "x", "--input", "1,16,16", "--last", "1"],
             UnsupportedOperatorError,
-            "Softplus",
+            "Cosh",
         ),
         (["inspect", "nowhere"], BundleError, "edgetune export"),
         (["run", "small.edgetune", "--data", "nowhere", "--state", "s", "--once"], DataError, "nowhere"),
