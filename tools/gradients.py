@@ -21,6 +21,7 @@ from edgetune.autodiff.losses import loss_named
 from edgetune.bundle import Array, Bundle
 from edgetune.export.source import Signature
 from tools.kinks import Kinks, near_kinks
+from tools.zoo import draw_smooth
 
 SEEDS = 12
 
@@ -76,17 +77,14 @@ class Subject:
     tokens: int = 2
 
     def draw(self, batch: int, seed: int) -> list[Array]:
-        """Return random inputs, smooth along their last axes as images are, so that their spectra decay."""
+        """Return random inputs: smooth ones, or integers below ``tokens``."""
         rng = np.random.default_rng(seed)
         result: list[Array] = []
         for signature in self.inputs:
             if signature.dtype != "float32":
                 result.append(rng.integers(0, self.tokens, (batch, *signature.shape)).astype(signature.dtype))
-                continue
-            x = rng.standard_normal((batch, *signature.shape))
-            for axis in range(2, 1 + len(signature.shape)):
-                x = x + 0.9 * np.roll(x, 1, axis) + 0.7 * np.roll(x, 2, axis)
-            result.append((x / x.std()).astype(np.float32))
+            else:
+                result.append(draw_smooth(rng, (batch, *signature.shape)))
         return result
 
     def call(self, model: nn.Module, values: Sequence[Tensor]) -> Tensor:

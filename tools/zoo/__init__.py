@@ -45,15 +45,23 @@ class ZooModel:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model = randomise(self.make(), seed)
-            measure_batch_norms(model, [torch.from_numpy(value) for value in self.draw(8, seed).values()])
+            measure_batch_norms(model, [torch.from_numpy(value) for value in self.draw(32, seed).values()])
             return model
 
     def draw(self, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
-        """Return inputs for ``batch`` samples."""
+        """Return inputs for ``batch`` samples; see :func:`draw_smooth`."""
         rng = np.random.default_rng(seed)
         if self.tokens:
             return {n: rng.integers(0, self.tokens, (batch, *shape)) for n, shape in self.inputs.items()}
-        return {n: rng.standard_normal((batch, *shape)).astype(np.float32) for n, shape in self.inputs.items()}
+        return {n: draw_smooth(rng, (batch, *shape)) for n, shape in self.inputs.items()}
+
+
+def draw_smooth(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Return float32 numbers of variance 1, smooth over the last axes [b, c, ...] as images are: spectra decay."""
+    x = rng.standard_normal(shape)
+    for axis in range(2, len(shape)):
+        x = x + 0.9 * np.roll(x, 1, axis) + 0.7 * np.roll(x, 2, axis)
+    return (x / x.std()).astype(np.float32)
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
@@ -136,7 +144,7 @@ def _third_party() -> tuple[ZooModel, ...]:
         image("resnet34", tp.resnet34, 32),
         image("resnet50", tp.resnet50, 32),
         image("mobilenet_v2", tp.mobilenet_v2, 32),
-        image("efficientnet", tp.efficientnet, 32),
+        image("efficientnet", tp.efficientnet, 64),
         image("vit", tp.vit, 16),
         image("swin", tp.swin, 32),
         image("convnext", tp.convnext, 32),
