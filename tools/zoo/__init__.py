@@ -61,7 +61,8 @@ def draw_smooth(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     x = rng.standard_normal(shape)
     for axis in range(2, len(shape)):
         x = x + 0.9 * np.roll(x, 1, axis) + 0.7 * np.roll(x, 2, axis)
-    return (x / x.std()).astype(np.float32)
+    result: np.ndarray = (x / x.std()).astype(np.float32)
+    return result
 
 
 def randomise(model: nn.Module, seed: int) -> nn.Module:
