@@ -46,7 +46,6 @@ from tools.gradients import (  # noqa: E402
     choose_sample,
     compare,
     export,
-    relative_error,
 )
 from tools.zoo import ZOO  # noqa: E402
 
@@ -112,6 +111,7 @@ def run_zoo_model(subject: Subject, settings: Settings, engines: Sequence[str], 
     begin, model = time.perf_counter(), subject.make()
     cells: dict[tuple[str, str], float | str] = {}
     sample: Sample | None = None
+    torch_error = float("nan")
     for codec in codecs:
         with tempfile.TemporaryDirectory() as folder:
             try:
@@ -123,13 +123,14 @@ def run_zoo_model(subject: Subject, settings: Settings, engines: Sequence[str], 
                 continue
             for engine in engines:
                 try:
-                    cells[engine, codec] = compare(bundle, sample, engine).worst.error
+                    made = compare(bundle, sample, engine)
+                    cells[engine, codec] = made.worst.error
+                    torch_error = max(row.torch_error for row in made.rows)
                 except Exception as error:
                     cells[engine, codec] = _reason(error)
     seconds, of = time.perf_counter() - begin, len(list(model.parameters()))
     if sample is None:
-        return ZooRow(subject.name, settings.last, 0, of, 0, float("nan"), cells, seconds)
-    torch_error = max(relative_error(sample.rounded[name], exact) for name, exact in sample.exact.items())
+        return ZooRow(subject.name, settings.last, 0, of, 0, torch_error, cells, seconds)
     return ZooRow(subject.name, settings.last, len(sample.exact), of, sample.near_kinks, torch_error, cells, seconds)
 
 

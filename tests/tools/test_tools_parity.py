@@ -132,3 +132,13 @@ def test_the_zoo_goes_on_after_a_failure_and_writes_its_table(tmp_path: Path, mo
     assert "| mcunet | 2 | 4 of 50 |" in text
     assert "- broken, 2: " in text
     assert "**" not in next(line for line in text.splitlines() if "mcunet" in line)
+
+
+def test_a_gradient_that_is_zero_by_construction_is_held_against_the_largest() -> None:
+    exact, rounded = np.full(4, 1e-17), np.full(4, 1e-9, np.float32)
+    zero = gradients._row("bias", np.full(4, 2e-9, np.float32), rounded, exact, 1.0)
+    assert zero.error == pytest.approx(4e-9, rel=1e-3)
+    wrong = gradients._row("bias", np.full(4, 0.1, np.float32), rounded, exact, 1.0)
+    assert wrong.error == pytest.approx(0.2, rel=1e-3)
+    ordinary = gradients._row("weight", np.full(4, 1.1e-6), np.full(4, 1e-6), np.full(4, 1e-6), 1.0)
+    assert ordinary.error == pytest.approx(0.1)
