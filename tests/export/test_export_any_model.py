@@ -76,7 +76,8 @@ class Tokens(nn.Module):
         x = x + self.mix(attention.transpose(1, 2).flatten(2))
         pairs = x[:, 1:].reshape(-1, 2, 8)  # two windows of two patches per image
         pairs = torch.tanh(self.windows(pairs)) + pairs
-        return self.head(x[:, 0] + pairs.reshape(-1, 4, 8).mean(1))
+        result: torch.Tensor = self.head(x[:, 0] + pairs.reshape(-1, 4, 8).mean(1))
+        return result
 
 
 @pytest.mark.parametrize(
@@ -370,7 +371,8 @@ class Tied(nn.Module):
         self.output.weight = self.embedding.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.output(torch.tanh(self.middle(self.embedding(ids))).mean(1))
+        result: torch.Tensor = self.output(torch.tanh(self.middle(self.embedding(ids))).mean(1))
+        return result
 
 
 @pytest.mark.parametrize("codec", ["dense", "hosvd"])
@@ -402,7 +404,8 @@ class Fickle(nn.Module):
         x = torch.relu(self.first(x))
         if float(x.detach().sum()) < -1.0:  # never, behind a ReLU
             x = -x
-        return self.second(x)
+        result: torch.Tensor = self.second(x)
+        return result
 
 
 def test_what_torch_export_cannot_capture_is_traced_and_said(tmp_path: Path) -> None:
