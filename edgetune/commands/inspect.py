@@ -15,11 +15,13 @@ def inspect(
 ) -> None:
     """Show the trained layers of a bundle and what their inputs take uncompressed."""
     import json
+    import math
 
     from edgetune.bundle import Bundle
     from edgetune.units import format_bytes
 
     manifest = Bundle.open(bundle).manifest
+    trained = [spec.name for spec in manifest.parameters]
     layers: list[dict[str, Any]] = [
         {
             "name": layer.name,
@@ -27,7 +29,7 @@ def inspect(
             "role": layer.role,
             "input_shape": [batch, *layer.input_shape],
             "dense_bytes": layer.dense_bytes(batch),
-            "parameters": [name for name in (layer.weight, layer.bias) if name],
+            "parameters": [name for name in (layer.weight, layer.bias) if name in trained],
         }
         for layer in manifest.layers
     ]
@@ -36,11 +38,15 @@ def inspect(
         "made_by": manifest.made_by,
         "format_version": manifest.format_version,
         "codec": manifest.codec,
-        "loss": manifest.loss.kind,
+        "loss": {"kind": manifest.loss.kind, **manifest.loss.config},
         "optimizer": manifest.optimizer.kind,
         "inputs": {spec.name: list(spec.shape) for spec in manifest.inputs},
         "features": {spec.name: list(spec.shape) for spec in manifest.features},
+        "outputs": {spec.name: list(spec.shape) for spec in manifest.outputs},
+        "targets": {"shape": list(manifest.targets.shape), "dtype": manifest.targets.dtype},
         "classes": list(manifest.classes),
+        "parameters": {spec.name: list(spec.shape) for spec in manifest.parameters},
+        "buffers": [spec.name for spec in manifest.buffers],
         "batch": batch,
         "layers": layers,
     }
@@ -60,4 +66,9 @@ def inspect(
     total = sum(row["dense_bytes"] for row in layers if row["role"] == "tail")
     table.add_section()
     table.add_row("all of the tail", "", "", "", format_bytes(total))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    numbers = sum(math.prod(spec.shape) for spec in manifest.parameters)
+    others = len(trained) - sum(len(row["parameters"]) for row in layers)
+    beside = f", {others} of them in no layer above (norms, embeddings, ...)" if others else ""
+    console.print(f"trained: {len(trained)} tensors{beside}, {numbers:,} numbers; {manifest.made_by}", highlight=False)

@@ -5,7 +5,8 @@ Cases, in the order in which they are treated:
     2. Identity and Dropout vanish
     3. auto_pad becomes explicit padding
     4. a product with a weight of two axes, with its bias, becomes Gemm (two axes) or Linear (more)
-    5. the guard of attention against rows that are masked whole vanishes where nothing is masked
+    5. constants written out once per sample are shared (see ``broadcast``)
+    6. the guard of attention against rows that are masked whole vanishes where nothing is masked
 
 What follows from parameters stays as nodes, because they may be trained; :func:`fold_frozen` folds the rest once it is
 known which are. Batch-norm: see ``normalisation``. Knows onnx.
@@ -25,13 +26,14 @@ from onnx.reference import ReferenceEvaluator
 from edgetune.autodiff.builder import OPSET
 from edgetune.autodiff.graph import ForwardGraph, Node, prune
 from edgetune.errors import ExportError
+from edgetune.export.broadcast import share_constants
 from edgetune.export.capture import LOSS, Captured
 from edgetune.export.probe import fold_shapes
 from edgetune.export.shapes import infer_shapes
 
 
 def canonicalise(captured: Captured) -> ForwardGraph:
-    """Return the canonical graph of a captured model (cases 1-5).
+    """Return the canonical graph of a captured model (cases 1-6).
 
     Raises:
         ExportError: an input without a batch axis, an axis other than the batch whose extent is unknown, or samples
@@ -64,6 +66,7 @@ def canonicalise(captured: Captured) -> ForwardGraph:
     _evaluate(graph, parameters)
     graph.nodes = prune(graph.nodes, graph.wanted)
     _refuse_mixed_samples(graph)
+    share_constants(graph, lambda node, inputs: np.asarray(_results(node, inputs, graph)[0]))
     graph.nodes = [_without_invented_bias(graph, node, own) for node in graph.nodes]
     graph.nodes = [_explicit(graph, node) for node in graph.nodes]
     graph.nodes = _name_nodes(_with_linear_layers(_without_guards(graph), graph))
@@ -140,6 +143,18 @@ def _without_identities(nodes: list[Node], outputs: set[str]) -> tuple[list[Node
     return kept, {name: renamed[name] for name in outputs if name in renamed}
 
 
+def _results(node: Node, inputs: Mapping[str, Any], graph: ForwardGraph) -> list[Any]:
+    """Return what ``node`` computes from constants."""
+    proto = helper.make_model(
+        helper.make_graph([node.to_proto()], "constant", [_typed(name, value) for name, value in inputs.items()], [
+            helper.make_tensor_value_info(name, graph.dtypes[name], None) for name in node.outputs
+        ]),
+        opset_imports=[helper.make_opsetid("", OPSET)],
+    )  # fmt: skip
+    results: Any = ReferenceEvaluator(proto).run(None, dict(inputs))
+    return list(results)
+
+
 def _evaluate(graph: ForwardGraph, unknown: Collection[str]) -> None:
     """Evaluate the nodes that read constants alone, but for those in ``unknown``: what the folder left, weights."""
     rest = []
@@ -149,14 +164,7 @@ def _evaluate(graph: ForwardGraph, unknown: Collection[str]) -> None:
             kind = helper.tensor_dtype_to_np_dtype(graph.dtypes[node.outputs[0]])
             values = [graph.constants[node.inputs[0]].astype(kind)]
         elif inputs and all(name in graph.constants and name not in unknown for name in inputs):
-            proto = helper.make_model(
-                helper.make_graph([node.to_proto()], "constant", [_typed(n, graph) for n in inputs], [
-                    helper.make_tensor_value_info(n, graph.dtypes[n], None) for n in node.outputs
-                ]),
-                opset_imports=[helper.make_opsetid("", OPSET)],
-            )  # fmt: skip
-            results: Any = ReferenceEvaluator(proto).run(None, {n: graph.constants[n] for n in inputs})
-            values = list(results)
+            values = _results(node, {n: graph.constants[n] for n in inputs}, graph)
         else:
             rest.append(node)
             continue
@@ -174,8 +182,7 @@ def _without_invented_bias(graph: ForwardGraph, node: Node, own: set[str]) -> No
     return node
 
 
-def _typed(name: str, graph: ForwardGraph) -> onnx.ValueInfoProto:
-    value = graph.constants[name]
+def _typed(name: str, value: Any) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
 
 
@@ -200,7 +207,7 @@ def _explicit(graph: ForwardGraph, node: Node) -> Node:
 
 
 def _without_guards(graph: ForwardGraph) -> list[Node]:
-    """Drop Where(IsNaN(p), 0, p) behind a softmax of plain products (case 5): its rows are never masked whole.
+    """Drop Where(IsNaN(p), 0, p) behind a softmax of plain products (case 6): its rows are never masked whole.
 
     The exporter puts it behind every attention, and it would cost three tensors of the attention's size.
     """

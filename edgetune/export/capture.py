@@ -108,7 +108,7 @@ def _capture_module(
     if loss is not None:
         if target is None:
             raise UsageError(
-                "a loss of your own needs the shape of one target: --target SHAPE[:DTYPE], or --target :int64"
+                "a loss of your own needs the shape of one target: --target-shape SHAPE[:DTYPE]; ':int64' for a label"
             )
         targets = ("targets",)
         tensors.append(torch.from_numpy(target.example(_SAMPLES)))

@@ -77,13 +77,18 @@ class GraphWriter:
                 layer.name,
                 layer.op,
                 "head" if layer == self.selection.head else "tail",
-                self.graph.per_sample(nodes[layer.node].inputs[0]),
+                self._sample_of(nodes[layer.node].inputs[0]),
                 layer.weight,
                 layer.bias,
                 slot_of[layer.name],
             )
             for layer in self.selection.layers
         ]
+
+    def _sample_of(self, name: str) -> tuple[int, ...]:
+        """Return the shape of one sample of ``name``; all of it where it is made of parameters alone."""
+        grows = any(extent <= 0 for extent in self.graph.shapes[name])
+        return self.graph.per_sample(name) if grows else self.graph.shapes[name]
 
     def _trunk(self) -> GraphSpec:
         g = GraphBuilder(taken=set(self.graph.shapes))

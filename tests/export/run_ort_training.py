@@ -62,10 +62,10 @@ def train(root: Path, data: list[tuple[Any, Any]], scratch: Path) -> dict[str, A
     seen |= gradients(state, "doubled")
     seen["eval.loss"], seen["eval.logits"] = module.eval()(x, y)
     exported = root / "inference.onnx"  # here, because it may point to weights in a file beside it
-    module.export_model_for_inferencing(exported, ["logits"])
+    module.export_model_for_inferencing(exported, ["output"])
     session = onnxruntime.InferenceSession(str(exported), providers=["CPUExecutionProvider"])
     seen["inference.inputs"] = np.array([value.name for value in session.get_inputs()])
-    seen["inference.logits"] = session.run(["logits"], {session.get_inputs()[0].name: x})[0]
+    seen["inference.logits"] = session.run(["output"], {session.get_inputs()[0].name: x})[0]
     CheckpointState.save_checkpoint(state, scratch / "saved", include_optimizer_state=True)
     seen |= parameters(CheckpointState.load_checkpoint(scratch / "saved"), "again")
     return seen

@@ -95,7 +95,7 @@ def test_models_are_flat_and_have_the_inputs_that_the_training_api_gives_by_plac
     assert inputs[:2] == ["x", "targets"] and inputs[2 : 2 + len(trained)] == trained
     assert inputs[end:] == [f"{name}_grad.accumulation.buffer" for name in trained] + ["lazy_reset_grad"]
     assert outputs == ["loss", *(f"{name}_grad.accumulation.out" for name in trained)]
-    assert names["eval_model.onnx"] == (inputs[:end], ["loss", "logits"])
+    assert names["eval_model.onnx"] == (inputs[:end], ["loss", "output"])
 
 
 def test_an_independent_reader_finds_every_tensor_in_the_checkpoint(tmp_path: Path) -> None:
@@ -283,12 +283,12 @@ def forward_model(root: Path, bundle: Bundle) -> Path:
     """Write the forward pass alone, parameters as initializers: what users give to Microsoft's generate_artifacts."""
     model = onnx.load(root / "eval_model.onnx")
     for values in (model.graph.input, model.graph.output):
-        kept = [value for value in values if value.name in (bundle.manifest.inputs[0].name, "logits")]
+        kept = [value for value in values if value.name in (bundle.manifest.inputs[0].name, "output")]
         del values[:]
         values.extend(kept)
     for name, value in bundle.initial_parameters().items():
         model.graph.initializer.append(numpy_helper.from_array(value, name))
-    needed: set[str] = {"logits"}
+    needed: set[str] = {"output"}
     nodes: list[onnx.NodeProto] = []
     for node in reversed(model.graph.node):
         if needed.intersection(node.output):

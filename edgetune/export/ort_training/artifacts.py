@@ -233,12 +233,18 @@ class _Parts:
 
     def evaluation(self) -> onnx.ModelProto:
         """Return trunk, prediction and loss as one model, what loss and prediction share computed once."""
-        predicted = [value.name for value in self.graphs["predict"].output]
+        # predict.onnx keeps its outputs apart from its inputs by a prefix; here they are called as the model calls them.
+        predicted = {value.name.removeprefix("output/"): value.name for value in self.graphs["predict"].output}
         joined = self._joined(predicted)
         made = joined.add(self.graphs["train"], merge_equal=True)
         made |= joined.add(self.graphs["predict"], merge_equal=True)
-        joined.expose({name: made[name] for name in [_LOSS, *predicted]})
-        outputs = [self._output("train", _LOSS), *self.graphs["predict"].output]
+        joined.expose({_LOSS: made[_LOSS]} | {public: made[name] for public, name in predicted.items()})
+        outputs = [self._output("train", _LOSS)]
+        for public, name in predicted.items():
+            output = onnx.ValueInfoProto()
+            output.CopyFrom(self._output("predict", name))
+            output.name = public
+            outputs.append(output)
         joined.keep_only(value.name for value in outputs)
         return joined.model("evaluation", self._inputs(), outputs)
 
