@@ -19,6 +19,7 @@ from torch.nn import functional
 import edgetune
 from edgetune.autodiff.losses import loss_named
 from edgetune.bundle import Array, Bundle
+from edgetune.export.capture import Captured
 from edgetune.export.source import Signature
 from tools.kinks import Kinks, near_kinks
 from tools.zoo import draw_smooth
@@ -188,15 +189,29 @@ def relative_error(found: Array, expected: Array) -> float:
     return difference / (float(np.linalg.norm(expected.astype(np.float64))) or 1.0)
 
 
+def reached(subject: Subject, model: nn.Module, settings: Settings) -> set[str]:
+    """Return the parameters that torch finds a gradient for, but for those of frozen batch-norms."""
+    model = copy.deepcopy(model).eval()
+    inputs = [torch.from_numpy(value) for value in subject.draw(settings.batch, 0)]
+    output = subject.call(model, inputs)
+    targets = torch.from_numpy(draw_targets(settings.loss, output.shape, 0))
+    TORCH_LOSSES[settings.loss](output, targets).backward()  # type: ignore[no-untyped-call]
+    frozen = set()
+    if settings.batch_norm == "frozen":
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        frozen = {id(parameter) for norm in norms for parameter in norm.parameters()}
+    return {name for name, p in model.named_parameters() if p.grad is not None and id(p) not in frozen}
+
+
 def export(subject: Subject, model: Any, settings: Settings, codec: str, folder: Path) -> Bundle:
-    """Return the bundle of ``model``, written to ``folder``."""
+    """Return the bundle of ``model`` (a module, or one that is captured already), written to ``folder``."""
     values = subject.draw(2, 0)
     example: Any = {s.name: v for s, v in zip(subject.inputs, values, strict=True)}
     if not all(signature.named for signature in subject.inputs):
         example = values
     return edgetune.export(
         model,
-        example,
+        None if isinstance(model, Captured) else example,
         folder,
         last=settings.last,
         train=settings.train,

@@ -35,6 +35,7 @@ if str(ROOT) not in sys.path:
 import edgetune  # noqa: E402
 from edgetune.engines.choice import ENGINES  # noqa: E402
 from edgetune.errors import EdgeTuneError  # noqa: E402
+from edgetune.export.capture import capture  # noqa: E402
 from edgetune.export.source import Signature, load_source  # noqa: E402
 from tools.gradients import (  # noqa: E402
     SEEDS,
@@ -46,6 +47,7 @@ from tools.gradients import (  # noqa: E402
     choose_sample,
     compare,
     export,
+    reached,
 )
 from tools.zoo import ZOO  # noqa: E402
 
@@ -106,17 +108,22 @@ class ZooRow:
         return all(isinstance(cell, float) and cell <= tolerance for cell in self.cells.values())
 
 
-def run_zoo_model(subject: Subject, settings: Settings, engines: Sequence[str], codecs: Sequence[str]) -> ZooRow:
+def run_zoo_model(
+    subject: Subject, model: Any, captured: Any, settings: Settings, engines: Sequence[str], codecs: Sequence[str]
+) -> ZooRow:
     """Export the model with every codec, run it on every engine; a failure is a cell, not the end."""
-    begin, model = time.perf_counter(), subject.make()
+    begin = time.perf_counter()
     cells: dict[tuple[str, str], float | str] = {}
     sample: Sample | None = None
     torch_error = float("nan")
     for codec in codecs:
         with tempfile.TemporaryDirectory() as folder:
             try:
-                bundle = export(subject, model, settings, codec, Path(folder) / "bundle")
+                bundle = export(subject, captured, settings, codec, Path(folder) / "bundle")
                 trained = [spec.name for spec in bundle.manifest.parameters]
+                left_out = reached(subject, model, settings) - set(trained)
+                if settings.last == "all" and left_out:
+                    raise EdgeTuneError(f"not trained: {', '.join(sorted(left_out))}")
                 sample = sample or choose_sample(subject, model, trained, settings)
             except Exception as error:
                 cells |= {(engine, codec): _reason(error) for engine in engines}
@@ -245,8 +252,14 @@ def _zoo(args: argparse.Namespace, settings: Settings, lasts: Sequence[int | str
     for subject in zoo_subjects():
         if args.only and subject.name not in args.only:
             continue
+        model = subject.make()
+        try:
+            captured: Any = capture(model, subject.inputs)
+        except EdgeTuneError:
+            captured = model  # every cell then says why
         for last in lasts:
-            rows.append(run_zoo_model(subject, dataclasses.replace(settings, last=last), engines, codecs))
+            chosen = dataclasses.replace(settings, last=last)
+            rows.append(run_zoo_model(subject, model, captured, chosen, engines, codecs))
             print(_line(rows[-1], args.tolerance), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
         print(json.dumps([_as_json(row) for row in rows], indent=1))

@@ -103,7 +103,8 @@ def export_bundle(source: Any, output: str | Path, options: ExportOptions, input
     """Write the bundle of ``source`` to the directory ``output`` and open it.
 
     Args:
-        source: an ``nn.Module``, an exported program, an ONNX model, or a source as text (``source.load_source``).
+        source: an ``nn.Module``, an exported program, an ONNX model, one that is ``Captured`` already, or a source as
+            text (``source.load_source``).
         inputs: the shape of one sample of every input; needed for torch modules.
 
     Raises:
@@ -119,7 +120,9 @@ def export_bundle(source: Any, output: str | Path, options: ExportOptions, input
     if options.traces_loss:
         loss = load_factory(loss)() if isinstance(loss, str) else loss
     traced = loss if options.traces_loss else None
-    captured = capture(model, inputs, outputs=options.outputs, loss=traced, target=options.target)
+    captured = model
+    if not isinstance(captured, Captured):
+        captured = capture(model, inputs, outputs=options.outputs, loss=traced, target=options.target)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as scratch:
         root = Path(scratch) / "bundle"

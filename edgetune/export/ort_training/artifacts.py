@@ -233,7 +233,7 @@ class _Parts:
 
     def evaluation(self) -> onnx.ModelProto:
         """Return trunk, prediction and loss as one model, what loss and prediction share computed once."""
-        # predict.onnx keeps its outputs apart from its inputs by a prefix; here they are called as the model calls them.
+        # predict.onnx keeps its outputs apart by a prefix; here they are called as the model calls them.
         predicted = {value.name.removeprefix("output/"): value.name for value in self.graphs["predict"].output}
         joined = self._joined(predicted)
         made = joined.add(self.graphs["train"], merge_equal=True)
