@@ -1,4 +1,4 @@
-"""Our gradients against torch's autograd, tensor by tensor, for any model.
+"""Our gradients against torch's autograd, tensor by tensor, for any torch model with one output for the loss.
 
     python tools/parity.py tools/models.py:digits_resnet --input 1,12,12 --last 4
     python tools/parity.py swin --last all --codec hosvd             a model of tools/zoo
@@ -28,13 +28,15 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import edgetune  # noqa: E402
 from edgetune.engines.choice import ENGINES  # noqa: E402
-from edgetune.errors import EdgeTuneError  # noqa: E402
+from edgetune.errors import EdgeTuneError, UsageError  # noqa: E402
 from edgetune.export.capture import capture  # noqa: E402
 from edgetune.export.source import Signature, load_source  # noqa: E402
 from tools.gradients import (  # noqa: E402
@@ -234,6 +236,8 @@ def _single(args: argparse.Namespace, settings: Settings) -> int:
     )
     try:
         model = subject.make()
+        if not isinstance(model, torch.nn.Module):
+            raise UsageError(f"'{args.source}' is no torch module, and torch's gradients are what ours are held to")
         with tempfile.TemporaryDirectory() as folder:
             bundle = export(subject, model, settings, args.codec or "hosvd", Path(folder) / "bundle")
             sample = choose_sample(subject, model, [spec.name for spec in bundle.manifest.parameters], settings)

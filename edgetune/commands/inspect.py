@@ -66,7 +66,7 @@ def inspect(
     total = sum(row["dense_bytes"] for row in layers if row["role"] == "tail")
     table.add_section()
     table.add_row("all of the tail", "", "", "", format_bytes(total))
-    console = Console()
+    console = Console(markup=False, emoji=False)
     console.print(table)
     numbers = sum(math.prod(spec.shape) for spec in manifest.parameters)
     others = len(trained) - sum(len(row["parameters"]) for row in layers)

@@ -61,7 +61,7 @@ def _show(found: Plan) -> None:
 
     from edgetune.units import format_bytes
 
-    console = Console()
+    console = Console(markup=False, emoji=False)
     how = "nothing is truncated" if found.epsilon is None else f"ε = {found.epsilon:.4f}"
     table = Table(
         title=f"codec {found.codec}, batch {found.batch}, {how}",

@@ -48,4 +48,4 @@ def report(
     for name, value in found["seconds"].items():
         table.add_row(f"seconds: {name}", f"{value:.3f}")
     table.add_row("events", ", ".join(f"{count} {name}" for name, count in found["events"].items()))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)

@@ -41,7 +41,7 @@ def status(
         table.add_row("quarantined", f"{entry['path']}: {entry['reason']}")
     if (last := found["last_event"]) is not None:
         table.add_row("last event", str(last.get("message", last["event"])))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
 
 
 def _percent(value: float | None) -> str:

@@ -24,7 +24,7 @@ class Measures(Protocol):
 def calibrate(session: Measures, manifest: Manifest, batches: Iterable[tuple[Array, ...]]) -> Calibration | None:
     """Return what ``batches`` of features (each a tuple of [b, ...] arrays) say of every truncated mode.
 
-    Gram matrices of the modes c, h and w add over batches. The batch mode has no meaning from one batch to the next:
+    Gram matrices of the modes c, z, h and w add over batches. The batch mode has no meaning from one batch to the next:
     there the sorted eigenvalues add, shorter batches filled up with zeros, and no basis is kept.
     None if the bundle's codec truncates nothing, or there was no batch.
 

@@ -198,7 +198,9 @@ def _choose_outputs(known: Sequence[str], wanted: Sequence[str]) -> list[str]:
         return list(wanted)
     usual = [name for name in USUAL_OUTPUTS if name in known]
     if len(known) > 1 and not usual and known[0] != "output":
-        raise UsageError(f"the model has several outputs; name the one for the loss with --output: {choices(known)}")
+        raise UsageError(
+            f"the model has several outputs; name the one for the loss with --output-name: {choices(known)}"
+        )
     return [usual[0] if usual else known[0]]
 
 

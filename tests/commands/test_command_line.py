@@ -75,6 +75,13 @@ def test_inspect_lists_the_trained_layers(place: Path) -> None:
     assert "all of the tail" in edgetune("inspect", place / "small.edgetune").stdout
 
 
+def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
+    (tmp_path / "odd.py").write_text(FACTORY + "two = small")
+    done = edgetune("export", tmp_path / "odd.py:two", "-o", tmp_path / "b", "--input", "1,16,16", "--last", 1)
+    assert done.returncode == 0, done.stderr
+    assert "odd.py:two:codec" in "".join(edgetune("inspect", tmp_path / "b").stdout.split())  # no picture of a 2
+
+
 @pytest.mark.parametrize(("model", "mib"), [("resnet18", 12.25), ("mobilenet_v2", 15.3125)])
 def test_inspect_shows_what_the_paper_counts(model: str, mib: float, tmp_path: Path) -> None:
     source = f"{ROOT}/tools/models.py:{model}"

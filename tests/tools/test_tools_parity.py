@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import TensorProto, helper
 from torch import Tensor, nn
 
 from edgetune.export.source import Signature
@@ -102,6 +104,15 @@ def test_what_cannot_be_compared_is_an_error_of_its_own(capsys: pytest.CaptureFi
     assert "no factory 'absent'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parity.main([])
+
+
+def test_a_model_that_torch_cannot_differentiate_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "model.onnx"
+    value = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])
+    node = helper.make_node("Identity", ["x"], ["y"])
+    onnx.save(helper.make_model(helper.make_graph([node], "g", [value], [])), file)
+    assert parity.main([str(file)]) == 2
+    assert "is no torch module" in capsys.readouterr().err
 
 
 def test_a_wrong_gradient_is_noticed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
