@@ -63,8 +63,8 @@ def markdown() -> str:
         "",
         "## The torch engine alone",
         "",
-        f"The torch engine runs {len(OPERATORS)} operators. These have no backward rule, so a model may have them in its "
-        "frozen part only (Constant and Dropout vanish at export):",
+        f"The torch engine runs {len(OPERATORS)} operators. These have no backward rule, so a model may have them in "
+        "its frozen part only (Constant and Dropout vanish at export):",
         "",
         f"{', '.join(sorted(set(OPERATORS) - set(RULES)))}.",
     ]
