@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional
 import edgetune
 from edgetune.autodiff.losses import loss_named
 from edgetune.bundle import Array, Bundle
-from edgetune.export.capture import Captured
+from edgetune.export.capture import Captured, named_tensors
 from edgetune.export.source import Signature
 from tools.kinks import Kinks, near_kinks
 from tools.zoo import draw_smooth
@@ -70,12 +70,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model and its inputs; integers are drawn below ``tokens``."""
+    """A model and its inputs; integers are drawn below ``tokens``. ``output`` names the one for the loss."""
 
     name: str
     make: Callable[[], Any]
     inputs: tuple[Signature, ...]
     tokens: int = 2
+    output: str | None = None
 
     def draw(self, batch: int, seed: int) -> list[Array]:
         """Return random inputs: smooth ones, or integers below ``tokens``."""
@@ -89,9 +90,10 @@ class Subject:
         return result
 
     def call(self, model: nn.Module, values: Sequence[Tensor]) -> Tensor:
-        """Return the first output of ``model``; inputs that have a name are passed by it."""
+        """Return the output of ``model`` for the loss; inputs that have a name are passed by it."""
         named = {s.name: v for s, v in zip(self.inputs, values, strict=True) if s.named}
-        return first_output(model(*(v for s, v in zip(self.inputs, values, strict=True) if not s.named), **named))
+        made = model(*(v for s, v in zip(self.inputs, values, strict=True) if not s.named), **named)
+        return first_output(made) if self.output is None else cast(Tensor, named_tensors(made)[self.output])
 
 
 @dataclass(frozen=True)
@@ -218,6 +220,7 @@ def export(subject: Subject, model: Any, settings: Settings, codec: str, folder:
         batch_norm=settings.batch_norm,
         codec=codec,
         loss=settings.loss,
+        outputs=() if subject.output is None else (subject.output,),
     )
 
 

@@ -35,7 +35,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 import edgetune  # noqa: E402
-from edgetune.engines.choice import ENGINES  # noqa: E402
+from edgetune.engines.choice import ENGINES, choose_engine  # noqa: E402
 from edgetune.errors import EdgeTuneError, UsageError  # noqa: E402
 from edgetune.export.capture import capture  # noqa: E402
 from edgetune.export.source import Signature, load_source  # noqa: E402
@@ -200,6 +200,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("source", nargs="?", help="file.py:factory, package.module:factory, or a name of tools/zoo")
     parser.add_argument("--input", action="append", default=[], metavar="SHAPE", help="as for edgetune export")
+    parser.add_argument("--output-name", default=None, metavar="NAME", help="the output for the loss (the usual one)")
     parser.add_argument("--tokens", type=int, default=2, help="integer inputs are drawn below this")
     parser.add_argument("--last", default=None, help="a number, or 'all' (4; with --zoo both)")
     parser.add_argument("--train", default=None, metavar="REGEX", help="instead: parameters whose names this matches")
@@ -232,7 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _single(args: argparse.Namespace, settings: Settings) -> int:
     known = {subject.name: subject for subject in zoo_subjects()}
     subject = known.get(args.source) or Subject(
-        args.source, lambda: load_source(args.source), tuple(map(Signature.parse, args.input)), args.tokens
+        args.source,
+        lambda: load_source(args.source),
+        tuple(map(Signature.parse, args.input)),
+        args.tokens,
+        args.output_name,
     )
     try:
         model = subject.make()
@@ -241,7 +246,7 @@ def _single(args: argparse.Namespace, settings: Settings) -> int:
         with tempfile.TemporaryDirectory() as folder:
             bundle = export(subject, model, settings, args.codec or "hosvd", Path(folder) / "bundle")
             sample = choose_sample(subject, model, [spec.name for spec in bundle.manifest.parameters], settings)
-            made = compare(bundle, sample, args.engine or "auto")
+            made = compare(bundle, sample, choose_engine(args.engine or "auto").name)
     except EdgeTuneError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

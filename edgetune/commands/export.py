@@ -10,6 +10,7 @@ import typer
 from edgetune.commands import _ort_training
 from edgetune.errors import UsageError, choices
 
+_MOST_NAMES = 8
 TARGETS = ("onnxruntime", _ort_training.NAME)
 
 
@@ -114,7 +115,9 @@ def export(
     if target == _ort_training.NAME:
         print(made)
         return
-    layers = ", ".join(layer.name for layer in bundle.manifest.layers)
+    names = [layer.name for layer in bundle.manifest.layers]
+    layers = ", ".join(names if len(names) <= _MOST_NAMES else [*names[:2], "...", *names[-2:]])
+    tensors = f"{len(bundle.manifest.parameters)} tensors" + (f" ({layers})" if names else "")
     size_bytes = sum(file.stat().st_size for file in bundle.path.iterdir())
     method = bundle.manifest.made_by.partition("(")[2].rstrip(")")
-    print(f"{bundle.path}: {format_bytes(size_bytes)}, captured by {method}; trained: {layers}")
+    print(f"{bundle.path}: {format_bytes(size_bytes)}, captured by {method}; trained: {tensors}")
