@@ -57,7 +57,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--mean", 0.5, "--std", 0.5,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "trained: 4, 7, 11" in done.stdout
+    assert "trained: 5 tensors (4, 7, 11)" in done.stdout
     digits = _digits.load()
     _digits.write_stream(root / "data", digits.stream_images[:120], digits.stream_labels[:120])
     return root
