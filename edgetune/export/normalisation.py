@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 
 from edgetune.autodiff.graph import ForwardGraph, Node
+from edgetune.errors import ExportError
 
 
 def norm_parameters(graph: ForwardGraph, after: Collection[str]) -> list[str]:
@@ -46,6 +47,11 @@ def settle_batch_norm(
     kept: list[Node] = []
     for node in graph.nodes:
         if node.op == "BatchNormalization" and batch_statistics and set(node.inputs[1:3]) & set(trained):
+            if node.inputs[3] in buffers:
+                raise ExportError(
+                    f"batch-norm '{node.outputs[0]}' shares its statistics '{node.inputs[3]}' with another place of "
+                    "the model; such ones can only be left frozen (--batch-norm frozen)"
+                )
             outputs = (node.outputs[0], *(f"new/{name}" for name in node.inputs[3:5]))
             for old, new in zip(node.inputs[3:5], outputs[1:], strict=True):
                 graph.shapes[new] = graph.shapes[old]
@@ -78,10 +84,11 @@ def _fold_frozen_norms(graph: ForwardGraph, trained_nodes: Collection[str], trai
         before = producer.get(node.inputs[0])
         foldable = (
             before is not None
+            and before.op == "Conv"
             and before.inputs[1] in graph.constants
             and before.outputs[0] not in graph.wanted
-            and before.op == "Conv"
             and before.name not in trained_nodes
+            and before.input(2) not in trained
         )
         if before is not None and foldable and len(readers[node.inputs[0]]) == 1:
             folded = _folded_convolution(graph, before, node.outputs[0], scale, shift)
