@@ -59,7 +59,7 @@ class WeightFile:
     def write(self, root: Path) -> None:
         """Write the file and learn where each tensor lies in it."""
         path = root / WEIGHTS
-        save_file({name: np.ascontiguousarray(value) for name, value in self._tensors.items()}, path)
+        save_file({name: np.asarray(value, order="C") for name, value in self._tensors.items()}, path)
         with path.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length))
