@@ -161,6 +161,7 @@ def replace_head(graph: ForwardGraph, classes: int, seed: int = 0) -> None:
     if head.bias:
         graph.constants[head.bias] = np.zeros(classes, np.float32)
         graph.shapes[head.bias] = (classes,)
+    axis = 1 if node.op == "Conv" else len(graph.shapes[node.outputs[0]]) - 1
     follows = {node.outputs[0]}
     for position, later in enumerate(graph.nodes):
         if later is not node and not follows.intersection(later.inputs):
@@ -174,13 +175,15 @@ def replace_head(graph: ForwardGraph, classes: int, seed: int = 0) -> None:
             graph.constants[later.inputs[1]] = np.where(target == old, classes, target)
         for name in later.outputs:
             extents = graph.shapes[name]
-            if old not in extents:
+            if extents.count(old) == 1:
+                axis = extents.index(old)
+            elif later.op in ("Reshape", "Transpose", "Flatten") or axis >= len(extents) or extents[axis] != old:
                 raise ExportError(
                     f"the classifier's outputs are mixed by {later.op} '{later.name}'; its head cannot be replaced"
                 )
-            axis = extents.index(old)
             graph.shapes[name] = (*extents[:axis], classes, *extents[axis + 1 :])
-        if any(i in graph.constants and old in np.shape(graph.constants[i]) for i in later.inputs if later is not node):
+        held = [graph.constants[i] for i in later.inputs if i in graph.constants]
+        if later is not node and later.op != "Resize" and any(v.dtype.kind == "f" and old in v.shape for v in held):
             raise ExportError(
                 f"{later.op} '{later.name}' holds constants for {old} classes; its head cannot be replaced"
             )
