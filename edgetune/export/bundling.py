@@ -153,6 +153,8 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
     selection = choose_trained(
         graph, options.last, options.train, freeze_head=options.freeze_head, train_norms=train_norms
     )
+    _refuse_other_floats(graph, selection)
+    _check_outputs(graph)
     fold_frozen(graph, selection.parameters)
     buffers = settle_batch_norm(
         graph, {layer.node for layer in selection.layers}, selection.parameters, batch_statistics=train_norms
@@ -200,6 +202,22 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
     )
 
 
+def _refuse_other_floats(graph: ForwardGraph, selection: Selection) -> None:
+    for name in selection.parameters:
+        kind = graph.constants[name].dtype
+        if kind != np.float32:
+            raise ExportError(
+                f"'{name}' is {kind}; what is trained must be float32: convert the model first (.float())"
+            )
+
+
+def _check_outputs(graph: ForwardGraph) -> None:
+    for public, tensor in zip(graph.output_names, graph.outputs, strict=True):
+        shape = graph.shapes[tensor]
+        if not shape or shape[0] != 0 or any(extent <= 0 for extent in shape[1:]):
+            raise ExportError(f"the output '{public}' has the shape {shape}; expected [batch, ...]")
+
+
 def _spec(graph: ForwardGraph, name: str) -> TensorSpec:
     dtype = np.dtype(helper.tensor_dtype_to_np_dtype(graph.dtypes[name]))
     return TensorSpec(name, graph.sample_shape(name), str(dtype))
@@ -208,13 +226,7 @@ def _spec(graph: ForwardGraph, name: str) -> TensorSpec:
 def _targets(graph: ForwardGraph, loss: Loss | None) -> TensorSpec:
     if loss is None:
         return dataclasses.replace(_spec(graph, graph.targets[0]), name=TARGETS)
-    output = graph.outputs[0]
-    try:
-        shape, dtype = loss.target(graph.sample_shape(output))
-    except ValueError:
-        raise ExportError(
-            f"the output '{graph.output_names[0]}' has the shape {graph.shapes[output]}; expected [batch, ...]"
-        ) from None
+    shape, dtype = loss.target(graph.sample_shape(graph.outputs[0]))
     return TensorSpec(TARGETS, shape, dtype)
 
 

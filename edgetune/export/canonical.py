@@ -28,7 +28,7 @@ from edgetune.autodiff.graph import ForwardGraph, Node, prune
 from edgetune.errors import ExportError
 from edgetune.export.broadcast import share_constants
 from edgetune.export.capture import LOSS, Captured
-from edgetune.export.probe import fold_shapes
+from edgetune.export.probe import BATCH_SCOPE, fold_shapes
 from edgetune.export.shapes import infer_shapes
 
 
@@ -69,7 +69,7 @@ def canonicalise(captured: Captured) -> ForwardGraph:
     share_constants(graph, lambda node, inputs: np.asarray(_results(node, inputs, graph)[0]))
     graph.nodes = [_without_invented_bias(graph, node, own) for node in graph.nodes]
     graph.nodes = [_explicit(graph, node) for node in graph.nodes]
-    graph.nodes = _name_nodes(_with_linear_layers(_without_guards(graph), graph))
+    graph.nodes = _name_nodes(_with_linear_layers(_with_short_casts(_without_guards(graph), graph), graph))
     graph.nodes = prune(graph.nodes, graph.wanted)
     _check_loss(graph)
     return graph
@@ -102,12 +102,33 @@ def _refuse_mixed_samples(graph: ForwardGraph) -> None:
         if not follows.intersection(node.inputs):
             continue
         follows.update(node.outputs)
+        if _runs_over_batch(graph, node):
+            raise ExportError(
+                f"{node.op} '{node.outputs[0]}' works along the batch: it mixes the samples of a batch; samples must "
+                "stay independent, because the device runs them in smaller pieces"
+            )
         for name in node.outputs:
             if name and name in graph.shapes and all(extent > 0 for extent in graph.shapes[name]):
                 raise ExportError(
                     f"{node.op} '{name}' mixes the samples of a batch (its result has no batch axis); samples must "
                     "stay independent, because the device runs them in smaller pieces"
                 )
+
+
+_ALONG_AN_AXIS = ("Softmax", "LogSoftmax", "Hardmax", "LpNormalization", "CumSum", "TopK")
+_DEFAULT_AXIS = {"TopK": -1, "LpNormalization": -1, "Softmax": -1, "LogSoftmax": -1, "Hardmax": -1}
+
+
+def _runs_over_batch(graph: ForwardGraph, node: Node) -> bool:
+    """Tell whether ``node`` works along the batch axis of its first input, which its result still has."""
+    if node.op not in _ALONG_AN_AXIS or node.inputs[0].startswith(BATCH_SCOPE):
+        return False
+    shape = graph.shapes[node.inputs[0]]
+    axis = node.attributes.get("axis", _DEFAULT_AXIS.get(node.op, 0))
+    if node.op == "CumSum":
+        known = graph.constants.get(node.inputs[1])
+        axis = 0 if known is None else int(known.item())
+    return bool(shape) and shape[axis] <= 0
 
 
 def _lift_constants(nodes: list[Node], constants: dict[str, Any]) -> list[Node]:
@@ -189,6 +210,8 @@ def _typed(name: str, value: Any) -> onnx.ValueInfoProto:
 def _explicit(graph: ForwardGraph, node: Node) -> Node:
     """Make padding explicit (case 3)."""
     auto = node.attributes.get("auto_pad", "NOTSET")
+    if node.op == "ConvTranspose":
+        return _explicit_transpose(graph, node)
     if node.op not in ("Conv", "MaxPool", "AveragePool") or auto == "NOTSET":
         attributes = {k: v for k, v in node.attributes.items() if k != "auto_pad"}
         return dataclasses.replace(node, attributes=attributes)
@@ -203,6 +226,35 @@ def _explicit(graph: ForwardGraph, node: Node) -> Node:
         begin.append(large if auto == "SAME_LOWER" else small)
         end.append(small if auto == "SAME_LOWER" else large)
     attributes = {k: v for k, v in node.attributes.items() if k != "auto_pad"} | {"pads": [*begin, *end]}
+    return dataclasses.replace(node, attributes=attributes)
+
+
+def _explicit_transpose(graph: ForwardGraph, node: Node) -> Node:
+    """Give a ConvTranspose its padding as numbers, by the formulas of the ONNX standard.
+
+    total = stride·(extent - 1) + output padding + (k - 1)·dilation + 1 - output extent
+    """
+    attributes = dict(node.attributes)
+    auto, wanted = attributes.pop("auto_pad", "NOTSET"), attributes.pop("output_shape", None)
+    if auto == "VALID":
+        attributes.pop("pads", None)
+    if auto in ("NOTSET", "VALID") and wanted is None:
+        return dataclasses.replace(node, attributes=attributes)
+    extents, kernel = graph.shapes[node.inputs[0]][2:], graph.shapes[node.inputs[1]][2:]
+    rank = len(extents)
+    strides = attributes.get("strides", [1] * rank)
+    dilations = attributes.get("dilations", [1] * rank)
+    padding = list(attributes.get("output_padding", [0] * rank))
+    begin, end = [], []
+    for i, (extent, k) in enumerate(zip(extents, kernel, strict=True)):
+        target = list(wanted)[-rank:][i] if wanted is not None else extent * strides[i]
+        total = strides[i] * (extent - 1) + padding[i] + (k - 1) * dilations[i] + 1 - target
+        if total < 0:  # the output is larger than what the taps reach
+            padding[i], total = padding[i] - total, 0
+        small, large = total // 2, total - total // 2
+        begin.append(small if auto == "SAME_UPPER" else large)
+        end.append(large if auto == "SAME_UPPER" else small)
+    attributes |= {"pads": [*begin, *end], "output_padding": padding}
     return dataclasses.replace(node, attributes=attributes)
 
 
@@ -223,6 +275,18 @@ def _without_guards(graph: ForwardGraph) -> list[Node]:
             if guards and before is not None and before.op in ("MatMul", "Mul", "Div"):
                 renamed[node.outputs[0]] = node.inputs[2]
                 continue
+        kept.append(node)
+    return kept
+
+
+def _with_short_casts(nodes: list[Node], graph: ForwardGraph) -> list[Node]:
+    """Cast truth values at once to the last type of a chain of casts: runtimes do so, and then another order holds."""
+    producer = {name: node for node in nodes for name in node.outputs}
+    kept = []
+    for node in nodes:
+        before = producer.get(node.inputs[0]) if node.op == "Cast" else None
+        if before is not None and before.op == "Cast" and graph.dtypes[before.inputs[0]] == onnx.TensorProto.BOOL:
+            node = dataclasses.replace(node, inputs=before.inputs)
         kept.append(node)
     return kept
 

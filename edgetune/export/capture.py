@@ -12,17 +12,18 @@ import inspect
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
-from onnx import helper, version_converter
+from onnx import helper, inliner, version_converter
 
 from edgetune.autodiff.builder import OPSET
 from edgetune.autodiff.graph import BATCH
 from edgetune.errors import ExportError, UsageError, choices
+from edgetune.export.newer import expand_newer
 from edgetune.export.source import Signature, name_inputs
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ if TYPE_CHECKING:
 LOSS = "loss"
 USUAL_OUTPUTS = ("logits", "out")
 """What the output that a loss is computed from is called in transformers and in torchvision."""
+RESERVED = frozenset((
+    "targets", "loss", "correct", "gradient_norm", "step", "learning_rate", "momentum", "weight_decay", "clip_norm",
+    "beta1", "beta2", "epsilon",
+))  # fmt: skip
+"""What the graphs and the state of a bundle call tensors of their own: no tensor of a model may be called so."""
 _SAMPLES = 2
 
 
@@ -73,20 +79,36 @@ def capture(
     if isinstance(model, onnx.ModelProto):
         if loss is not None:
             raise UsageError("a loss of your own is traced with a torch model; this model is an ONNX file")
-        return Captured(_with_outputs(to_opset(model), outputs), method="an ONNX file")
+        own = onnx.ModelProto()
+        own.CopyFrom(model)  # what follows writes into it
+        return Captured(_without_reserved(_with_outputs(to_opset(own), outputs)), method="an ONNX file")
     import torch
 
     if isinstance(model, torch.export.ExportedProgram):
         if loss is not None:
             raise UsageError("a loss of your own is traced with the model; give the module, not an exported program")
-        program = _to_onnx(model)
-        trained = frozenset(model.graph_signature.parameters)
-        return Captured(_with_outputs(to_opset(program), outputs), trained, method="an exported program")
+        program = _without_reserved(_with_outputs(to_opset(_to_onnx(model)), outputs))
+        trained = frozenset(_free(name, RESERVED) for name in model.graph_signature.parameters)
+        return Captured(program, trained, method="an exported program")
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"the factory returned {type(model).__name__}; expected a torch.nn.Module")
     if not inputs:
         raise UsageError("a torch model needs the shape of one input sample: --input 3,224,224")
-    return _capture_module(model.eval(), inputs, outputs, loss, target)
+    with _in_evaluation(model), _in_evaluation(loss):
+        return _capture_module(model, inputs, outputs, loss, target)
+
+
+@contextlib.contextmanager
+def _in_evaluation(model: Any) -> Iterator[None]:
+    """Within this context ``model`` is in evaluation mode; then every part of it is in the mode that it was in."""
+    modes = [(part, part.training) for part in model.modules()] if hasattr(model, "modules") else []
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def _capture_module(
@@ -127,9 +149,17 @@ def _capture_module(
                 f"tracing: {_first_line(second)}"
             ) from second
         method = f"tracing, because torch.export failed: {reason}"
+    if loss is not None and any(value.type.tensor_type.shape.dim[0].dim_value for value in proto.graph.input):
+        raise ExportError(
+            "model or loss take the size of the batch as a fixed number, which another batch would not follow; take it "
+            "from the shape (x.shape[0] instead of len(x))"
+        )
     made = [*outputs, *([LOSS] if loss is not None else [])]
-    _rename(proto, [*names, *targets], made, _own_names(whole))
-    trained = frozenset(name for name, _ in model.named_parameters())
+    occupied = {*names, *made, *RESERVED}
+    own_names = {name: _free(own, occupied) for name, own in _own_names(whole).items()}
+    _refuse_reserved(names)
+    _rename(proto, [*names, *targets], made, own_names)
+    trained = frozenset(_free(name, occupied) for name, _ in model.named_parameters())
     return Captured(to_opset(proto), trained, targets, method)
 
 
@@ -373,6 +403,27 @@ def _rename_values(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
         value.name = names.get(value.name, value.name)
 
 
+def _free(name: str, occupied: Collection[str]) -> str:
+    """Return ``name``, or another where something else is called so."""
+    return f"{name}.inner" if name in occupied else name
+
+
+def _refuse_reserved(inputs: Sequence[str]) -> None:
+    taken = [name for name in inputs if name in RESERVED]
+    if taken:
+        raise ExportError(
+            f"an input of the model is called {choices(taken)}, as a tensor of every bundle is; give it another name"
+        )
+
+
+def _without_reserved(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Rename what inside an ONNX model is called as tensors of a bundle are; its outputs get those names in the end."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    _refuse_reserved([value.name for value in model.graph.input if value.name not in constants])
+    _rename_values(model.graph, {name: f"{name}.inner" for name in RESERVED})
+    return model
+
+
 def _with_outputs(model: onnx.ModelProto, wanted: Sequence[str]) -> onnx.ModelProto:
     """Keep the wanted outputs of an ONNX model, in the order in which they are wanted."""
     known = {value.name: value for value in model.graph.output}
@@ -397,9 +448,12 @@ def to_opset(model: onnx.ModelProto) -> onnx.ModelProto:
         raise ExportError(
             f"the model uses operators of the domains {sorted(foreign)}; only standard ONNX ones are known"
         )
+    if model.functions:
+        model = inliner.inline_local_functions(model, convert_version=True)  # the converter would drop them
     version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
     if version is None:
         raise ExportError("the model names no version of the standard operators")
+    expand_newer(model, version)
     if version != OPSET:
         try:
             model = version_converter.convert_version(model, OPSET)

@@ -29,6 +29,8 @@ def infer_shapes(
         if first is None or second is None or len(first) != len(second):
             raise ExportError(f"the shape of '{name}' depends on the data; such models cannot be split")
         shapes[name] = tuple(_extent(name, a, b) for a, b in zip(first, second, strict=True))
+        if sum(extent <= 0 for extent in shapes[name]) > 1:
+            raise ExportError(f"'{name}' has the batch on several axes; samples must stay independent")
     dtypes = {name: kind for name, (_, kind) in seen[0].items()}
     return shapes, dtypes | {name: helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in constants.items()}
 
