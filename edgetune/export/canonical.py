@@ -68,7 +68,7 @@ def canonicalise(captured: Captured) -> ForwardGraph:
     _refuse_mixed_samples(graph)
     share_constants(graph, lambda node, inputs: np.asarray(_results(node, inputs, graph)[0]))
     graph.nodes = [_without_invented_bias(graph, node, own) for node in graph.nodes]
-    graph.nodes = [_explicit(graph, node) for node in graph.nodes]
+    graph.nodes = [_explicit(graph, node) for node in _without_transposed_inputs(graph)]
     graph.nodes = _name_nodes(_with_linear_layers(_with_short_casts(_without_guards(graph), graph), graph))
     graph.nodes = prune(graph.nodes, graph.wanted)
     _check_loss(graph)
@@ -256,6 +256,21 @@ def _explicit_transpose(graph: ForwardGraph, node: Node) -> Node:
         end.append(large if auto == "SAME_UPPER" else small)
     attributes |= {"pads": [*begin, *end], "output_padding": padding}
     return dataclasses.replace(node, attributes=attributes)
+
+
+def _without_transposed_inputs(graph: ForwardGraph) -> list[Node]:
+    """Transpose the input of a Gemm with ``transA`` in a node of its own: rules know linear layers of rows."""
+    nodes = []
+    for node in graph.nodes:
+        if node.op == "Gemm" and node.attributes.get("transA", 0):
+            rows = f"{node.outputs[0]}.rows"
+            graph.shapes[rows] = graph.shapes[node.inputs[0]][::-1]
+            graph.dtypes[rows] = graph.dtypes[node.inputs[0]]
+            nodes.append(Node("Transpose", rows, node.inputs[:1], (rows,), {"perm": [1, 0]}))
+            attributes = {key: value for key, value in node.attributes.items() if key != "transA"}
+            node = dataclasses.replace(node, inputs=(rows, *node.inputs[1:]), attributes=attributes)
+        nodes.append(node)
+    return nodes
 
 
 def _without_guards(graph: ForwardGraph) -> list[Node]:

@@ -1,42 +1,29 @@
-"""A model from wherever it comes -> one ONNX model of the project's opset. Knows torch (inside functions) and onnx.
-
-Ways to capture a torch module, tried in this order:
-    1. torch.export, the batch symbolic
-    2. tracing (the TorchScript exporter), the batch a dynamic axis; for what torch.export cannot follow or decompose
-"""
+"""A model from wherever it comes -> one ONNX model of the project's opset. Knows torch (inside functions) and onnx."""
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import logging
-import tempfile
-import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import onnx
-from onnx import helper, inliner, version_converter
+from onnx import inliner, version_converter
 
 from edgetune.autodiff.builder import OPSET
-from edgetune.autodiff.graph import BATCH
 from edgetune.errors import ExportError, UsageError, choices
+from edgetune.export.exporters import first_line, module_to_onnx, program_to_onnx
+from edgetune.export.naming import RESERVED, free, own_names, refuse_reserved, rename, without_reserved
 from edgetune.export.newer import expand_newer
 from edgetune.export.source import Signature, name_inputs
 
 if TYPE_CHECKING:
     import torch
 
-LOSS = "loss"
+LOSS, TARGETS = "loss", "targets"
 USUAL_OUTPUTS = ("logits", "out")
 """What the output that a loss is computed from is called in transformers and in torchvision."""
-RESERVED = frozenset((
-    "targets", "loss", "correct", "gradient_norm", "step", "learning_rate", "momentum", "weight_decay", "clip_norm",
-    "beta1", "beta2", "epsilon",
-))  # fmt: skip
-"""What the graphs and the state of a bundle call tensors of their own: no tensor of a model may be called so."""
 _SAMPLES = 2
 
 
@@ -81,14 +68,14 @@ def capture(
             raise UsageError("a loss of your own is traced with a torch model; this model is an ONNX file")
         own = onnx.ModelProto()
         own.CopyFrom(model)  # what follows writes into it
-        return Captured(_without_reserved(_with_outputs(to_opset(own), outputs)), method="an ONNX file")
+        return Captured(without_reserved(_with_outputs(to_opset(own), outputs)), method="an ONNX file")
     import torch
 
     if isinstance(model, torch.export.ExportedProgram):
         if loss is not None:
             raise UsageError("a loss of your own is traced with the model; give the module, not an exported program")
-        program = _without_reserved(_with_outputs(to_opset(_to_onnx(model)), outputs))
-        trained = frozenset(_free(name, RESERVED) for name in model.graph_signature.parameters)
+        program = without_reserved(_with_outputs(to_opset(program_to_onnx(model)), outputs))
+        trained = frozenset(free(name, RESERVED) for name in model.graph_signature.parameters)
         return Captured(program, trained, method="an exported program")
     if not isinstance(model, torch.nn.Module):
         raise UsageError(f"the factory returned {type(model).__name__}; expected a torch.nn.Module")
@@ -127,49 +114,24 @@ def _capture_module(
     outputs = _choose_outputs(list(named_tensors(result)), wanted)
     names = [signature.name for signature in inputs]
     targets: tuple[str, ...] = ()
-    if loss is not None:
+    if loss is None:
+        target = None
+    else:
         if target is None:
             raise UsageError(
                 "a loss of your own needs the shape of one target: --target-shape SHAPE[:DTYPE]; ':int64' for a label"
             )
-        targets = ("targets",)
-        tensors.append(torch.from_numpy(target.example(_SAMPLES)))
-        _check_loss(loss, result, tensors[-1], target)
+        targets = (TARGETS,)
+        _check_loss(loss, result, torch.from_numpy(target.example(_SAMPLES)), target)
     whole = _wrapped(model, loss, inputs, outputs)
-    try:
-        proto, method = _by_export(whole, tensors, [*names, *targets]), "torch.export"
-    except Exception as error:
-        reason = _first_line(error)
-        try:
-            proto = _by_tracing(whole, tensors, [*names, *targets], [*outputs, *([LOSS] if loss is not None else [])])
-        except Exception as second:
-            shapes = ", ".join(f"{s.name} [batch, {', '.join(map(str, s.shape))}]" for s in inputs)
-            raise ExportError(
-                f"torch could not capture the model for {shapes}: torch.export: {reason}; "
-                f"tracing: {_first_line(second)}"
-            ) from second
-        method = f"tracing, because torch.export failed: {reason}"
-    if loss is not None and any(value.type.tensor_type.shape.dim[0].dim_value for value in proto.graph.input):
-        raise ExportError(
-            "model or loss take the size of the batch as a fixed number, which another batch would not follow; take it "
-            "from the shape (x.shape[0] instead of len(x))"
-        )
     made = [*outputs, *([LOSS] if loss is not None else [])]
+    proto, method = module_to_onnx(whole, [*inputs, *([] if target is None else [replace(target, name=TARGETS)])], made)
     occupied = {*names, *made, *RESERVED}
-    own_names = {name: _free(own, occupied) for name, own in _own_names(whole).items()}
-    _refuse_reserved(names)
-    _rename(proto, [*names, *targets], made, own_names)
-    trained = frozenset(_free(name, occupied) for name, _ in model.named_parameters())
+    refuse_reserved(names)
+    own = {name: free(called, occupied) for name, called in own_names(whole).items()}
+    rename(proto, [*names, *targets], made, own)
+    trained = frozenset(free(name, occupied) for name, _ in model.named_parameters())
     return Captured(to_opset(proto), trained, targets, method)
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the line of a long report that says what happened."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    for line in lines:
-        if line.startswith("<class"):
-            return line
-    return lines[0] if lines else type(error).__name__
 
 
 def _call(model: torch.nn.Module, tensors: Sequence[Any], inputs: Sequence[Signature]) -> Any:
@@ -187,7 +149,7 @@ def _run(model: torch.nn.Module, tensors: Sequence[Any], inputs: Sequence[Signat
             return _call(model, tensors, inputs)
     except Exception as error:
         raise ExportError(
-            f"the model does not run on an example of its input ({', '.join(map(str, inputs))}): {_first_line(error)}"
+            f"the model does not run on an example of its input ({', '.join(map(str, inputs))}): {first_line(error)}"
         ) from error
 
 
@@ -265,163 +227,10 @@ def _check_loss(loss: Any, result: Any, target: Any, signature: Signature) -> No
         with torch.no_grad():
             value = loss(result, target)
     except Exception as error:
-        raise UsageError(f"the loss does not run on targets {signature}: {_first_line(error)}") from error
+        raise UsageError(f"the loss does not run on targets {signature}: {first_line(error)}") from error
     if not isinstance(value, torch.Tensor) or value.dim() or not value.is_floating_point():
         found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
         raise UsageError(f"the loss returns {found}; expected one floating-point number (reduce it: mean or sum)")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the exporters' own reports off the screen, and attention in plain operators.
-
-    The fused attention kernels of a CPU have strides of their own, on which torch's decomposition of views fails.
-    Adaptive pooling to a size that does not divide the input would become gathers by sample; see ``pooling``.
-    """
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from edgetune.export.pooling import plain_adaptive_pooling
-
-    log = logging.getLogger("torch.onnx")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), plain_adaptive_pooling():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        log.setLevel(level)
-
-
-def _by_export(whole: torch.nn.Module, tensors: Sequence[Any], names: Sequence[str]) -> onnx.ModelProto:
-    import torch
-
-    batch = torch.export.Dim(BATCH)
-    dynamic = tuple({0: batch} for _ in tensors)
-    with _quiet():
-        program = torch.onnx.export(
-            whole,
-            tuple(tensors),
-            dynamo=True,
-            opset_version=OPSET,
-            # The exporter's own optimiser folds batch-norm into weights and keeps their names: what is trained would
-            # no longer be what the model calls so.
-            optimize=False,
-            dynamic_shapes=(dynamic,),
-            input_names=list(names),
-            verbose=False,
-        )
-    assert program is not None
-    proto: onnx.ModelProto = program.model_proto
-    return proto
-
-
-def _by_tracing(
-    whole: torch.nn.Module, tensors: Sequence[Any], names: Sequence[str], outputs: Sequence[str]
-) -> onnx.ModelProto:
-    import torch
-
-    with _quiet(), tempfile.TemporaryDirectory(prefix="edgetune-") as scratch:
-        path = Path(scratch) / "traced.onnx"
-        torch.onnx.export(
-            whole,
-            tuple(tensors),
-            str(path),
-            dynamo=False,
-            opset_version=17,
-            # Otherwise batch-norm would be fused, and weights transposed and renamed.
-            training=torch.onnx.TrainingMode.PRESERVE,
-            do_constant_folding=False,
-            input_names=list(names),
-            output_names=list(outputs),
-            dynamic_axes={name: {0: BATCH} for name in names},
-        )
-        return onnx.load(path)
-
-
-def _to_onnx(program: torch.export.ExportedProgram) -> onnx.ModelProto:
-    import torch
-
-    with _quiet():
-        try:
-            made = torch.onnx.export(program, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
-        except Exception as error:
-            raise ExportError(f"torch could not turn the exported program into ONNX: {_first_line(error)}") from error
-    assert made is not None
-    proto: onnx.ModelProto = made.model_proto
-    return proto
-
-
-def _own_names(whole: torch.nn.Module) -> dict[str, str]:
-    """Return what the model calls the parameters and buffers of the wrapper; a shared one by the first of its names."""
-    first: dict[int, str] = {}
-    names: dict[str, str] = {}
-    tensors = [*whole.named_parameters(remove_duplicate=False), *whole.named_buffers(remove_duplicate=False)]
-    for name, tensor in tensors:
-        names[name] = first.setdefault(id(tensor), name.removeprefix("model."))
-    return names
-
-
-def _rename(
-    proto: onnx.ModelProto, inputs: Sequence[str], outputs: Sequence[str], own_names: Mapping[str, str]
-) -> None:
-    """Give inputs and outputs their own names, and parameters the names that the model calls them."""
-    graph = proto.graph
-    names = {old.name: new for old, new in zip(graph.input, inputs, strict=True)}
-    kept: dict[str, onnx.TensorProto] = {}
-    for tensor in graph.initializer:
-        name = own_names.get(tensor.name, tensor.name)
-        if name != tensor.name:
-            names[tensor.name] = name
-        kept.setdefault(name, tensor)  # tracing gives a shared weight once per name
-    if len(kept) < len(graph.initializer):
-        unique = list(kept.values())
-        del graph.initializer[:]
-        graph.initializer.extend(unique)
-    taken = {name for node in graph.node for name in node.output} | {t.name for t in graph.initializer}
-    for name in set(names.values()) & taken - set(names):
-        names[name] = f"{name}.inner"
-    _rename_values(graph, names)
-    made = [value.name for value in graph.output]
-    for value, emitted, wanted in zip(graph.output, made, outputs, strict=True):
-        # A copy, because one tensor may be two outputs, or be called as another's name is.
-        graph.node.append(helper.make_node("Identity", [emitted], [f"{wanted}.out"]))
-        value.name = f"{wanted}.out"
-    taken = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
-    _rename_values(graph, {name: f"{name}.inner" for name in outputs if name in taken})
-    _rename_values(graph, {f"{name}.out": name for name in outputs})
-
-
-def _rename_values(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
-    for node in graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-        node.output[:] = [names.get(name, name) for name in node.output]
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                _rename_values(attribute.g, names)
-    for value in [*graph.input, *graph.output, *graph.initializer, *graph.value_info]:
-        value.name = names.get(value.name, value.name)
-
-
-def _free(name: str, occupied: Collection[str]) -> str:
-    """Return ``name``, or another where something else is called so."""
-    return f"{name}.inner" if name in occupied else name
-
-
-def _refuse_reserved(inputs: Sequence[str]) -> None:
-    taken = [name for name in inputs if name in RESERVED]
-    if taken:
-        raise ExportError(
-            f"an input of the model is called {choices(taken)}, as a tensor of every bundle is; give it another name"
-        )
-
-
-def _without_reserved(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Rename what inside an ONNX model is called as tensors of a bundle are; its outputs get those names in the end."""
-    constants = {tensor.name for tensor in model.graph.initializer}
-    _refuse_reserved([value.name for value in model.graph.input if value.name not in constants])
-    _rename_values(model.graph, {name: f"{name}.inner" for name in RESERVED})
-    return model
 
 
 def _with_outputs(model: onnx.ModelProto, wanted: Sequence[str]) -> onnx.ModelProto:

@@ -421,6 +421,28 @@ def test_what_torch_export_cannot_capture_is_traced_and_said(tmp_path: Path) -> 
     assert_equal_gradients(found, expected)
 
 
+class Counting(nn.Module):
+    """Divides by the size of the batch, as a number that an exporter may write down."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first = nn.Linear(5, 3)
+        self.how = how
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "branch" and float(x.detach().sum()) > 1e9:  # torch.export cannot follow it
+            x = -x
+        result: torch.Tensor = self.first(x) / len(x)
+        return result
+
+
+@pytest.mark.parametrize("how", ["plain", "branch"])
+def test_a_batch_size_that_was_written_down_is_refused(tmp_path: Path, how: str) -> None:
+    with pytest.raises(ExportError, match="batch"):
+        edgetune.export(seeded(lambda: Counting(how)), torch.zeros(2, 5), tmp_path / "b", last=0)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_exported_program_is_a_source(tmp_path: Path) -> None:
     model = seeded(small)
     batch = torch.export.Dim("batch")
@@ -492,6 +514,27 @@ def test_signatures_as_text(text: str, expected: Signature) -> None:
 def test_signatures_that_are_none(text: str) -> None:
     with pytest.raises(UsageError, match=text.partition("=")[0]):
         Signature.parse(text)
+
+
+def test_a_gemm_of_a_transposed_input(tmp_path: Path) -> None:
+    graph = helper.make_graph(
+        [
+            helper.make_node("Transpose", ["x"], ["t"], perm=[1, 0]),
+            helper.make_node("Gemm", ["t", "w"], ["y"], transA=1),
+        ],
+        "g",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(drawn((4, 3)), "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    bundle = edgetune.export(model, None, tmp_path / "b", last=0)
+    x, y = drawn((BATCH, 4)), np.array([0, 2, 1])
+    weight = torch.from_numpy(drawn((4, 3))).double().requires_grad_(True)
+    loss = nn.functional.cross_entropy(torch.from_numpy(x).double() @ weight, torch.from_numpy(y))
+    loss.backward()  # type: ignore[no-untyped-call]
+    _, found = session_of(bundle).gradients(x, y)
+    assert weight.grad is not None and relative_error(found["w"], weight.grad.numpy()) <= LIMIT
 
 
 def test_external_onnx_tensors_may_be_called_like_an_output(tmp_path: Path) -> None:
