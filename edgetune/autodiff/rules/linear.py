@@ -82,40 +82,6 @@ def _gemm(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int
     return gradients
 
 
-def _matmul_wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:
-    a, b = node.inputs
-    if _is_weight(graph, b):
-        return _wants(graph, node, wrt)
-    return [Want(name, Use.VALUE) for i, name in ((1, a), (0, b)) if i in wrt]
-
-
-def _matmul(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
-    g, graph = ctx.g, ctx.graph
-    a, b = node.inputs
-    shape_a, shape_b = graph.shapes[a], graph.shapes[b]
-    gradients: dict[int, str] = {}
-    if _is_weight(graph, b):
-        layer = _Layer.of(graph, node, transposed=False)
-        if 1 in wrt:
-            gradients[1] = _weight_gradient(ctx, node, dy, layer)
-        if 0 in wrt:
-            gradients[0] = _input_gradient(ctx, node, dy, layer)
-        return gradients
-    if len(shape_a) != len(shape_b) or len(shape_a) < 3:
-        raise UnsupportedOperatorError(
-            f"MatMul '{node.name}' of shapes {shape_a} and {shape_b}: a product of two activations needs as many axes "
-            "on both sides, three at least"
-        )
-    swap = [*range(len(shape_a) - 2), len(shape_a) - 1, len(shape_a) - 2]
-    if 0 in wrt:
-        product = g.op("MatMul", dy, g.op("Transpose", ctx.value(b), perm=swap, hint="bt"), hint="da")
-        gradients[0] = unbroadcast(ctx, product, a, node.outputs[0])
-    if 1 in wrt:
-        product = g.op("MatMul", g.op("Transpose", ctx.value(a), perm=swap, hint="at"), dy, hint="db")
-        gradients[1] = unbroadcast(ctx, product, b, node.outputs[0])
-    return gradients
-
-
 def _input_gradient(ctx: Context, node: Node, dy: str, layer: _Layer) -> str:
     """Emit dX, in the shape of X."""
     g, x = ctx.g, node.inputs[0]
@@ -182,5 +148,4 @@ _IN_FACTORS = {Svd.name: _svd_weight_gradient, Hosvd.name: _hosvd_weight_gradien
 RULES = {
     "Gemm": Rule(_wants, _gemm, "its input, through a codec"),
     "Linear": Rule(_wants, _linear, "its input, through a codec"),
-    "MatMul": Rule(_matmul_wants, _matmul, "its input, through a codec (two activations: both)"),
 }
