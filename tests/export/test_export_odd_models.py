@@ -18,7 +18,7 @@ from torch import nn
 import edgetune
 from edgetune.bundle import Array
 from edgetune.errors import ExportError
-from tests.export.test_export_any_model import (
+from tests.export.small_models import (
     BATCH,
     assert_equal_gradients,
     drawn,
