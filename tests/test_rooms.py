@@ -38,9 +38,10 @@ TABLE = {
     "errors": Room(),
     "units": Room(_words("errors")),
     "version": Room(),
-    "bundle": Room(_words("errors units"), _words("numpy safetensors")),
+    "plain": Room(_words("errors")),
+    "bundle": Room(_words("errors units plain"), _words("numpy safetensors")),
     "codecs": Room(_words("bundle errors units"), _words("numpy")),
-    "planning": Room(_words("bundle codecs errors units"), _words("numpy safetensors")),
+    "planning": Room(_words("bundle codecs errors units plain"), _words("numpy safetensors")),
     "autodiff": Room(_words("codecs errors units"), _words("numpy onnx onnx_ir")),
     "export": Room(
         _words("bundle codecs planning autodiff errors units version"),
@@ -169,7 +170,7 @@ def test_the_table_keeps_what_the_design_promises() -> None:
     assert "agent" not in reach("export")
     assert not reach("agent") & {"export", "autodiff"}
     assert all("commands" not in reach(room) for room in TABLE if room != "__main__")
-    device = _words("errors units bundle codecs planning engines telemetry agent")
+    device = _words("errors units plain bundle codecs planning engines telemetry agent")
     for room in device:
         assert reach(room) <= device
         assert not (TABLE[room].libraries | TABLE[room].lazy_libraries) & set(HOST_LIBRARIES)

@@ -10,8 +10,9 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from edgetune.bundle import Manifest, from_plain
+from edgetune.bundle import Manifest
 from edgetune.errors import BudgetError, UsageError
+from edgetune.plain import from_plain
 from edgetune.planning.prediction import Prediction, dense_bytes, predict, saved_bytes_by_tensor
 from edgetune.planning.sizes import rank_symbol
 from edgetune.planning.spectra import (

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgetune.bundle import FORMAT_VERSION, Manifest, TensorUse, from_plain
+from edgetune.bundle import FORMAT_VERSION, Manifest, TensorUse
 from edgetune.errors import BundleError
+from edgetune.plain import from_plain
 from tests.engines.workshop import CODECS, bundle_of, plain
 
 
