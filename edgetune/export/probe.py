@@ -40,7 +40,7 @@ def fold_shapes(model: onnx.ModelProto, parameters: Collection[str] | None) -> t
             not a setting of an operator.
 
     Returns:
-        the model, and the names of its parameters.
+        a new model (``model`` is left without its parameters), and the names of its parameters.
 
     Raises:
         ExportError: an input has no axes or one of unknown extent besides the batch, or the model computes with its
@@ -48,10 +48,24 @@ def fold_shapes(model: onnx.ModelProto, parameters: Collection[str] | None) -> t
     """
     if parameters is None:
         parameters = _likely_parameters(model)
-    known = frozenset(tensor.name for tensor in model.graph.initializer if tensor.name in set(parameters))
-    first, second = (_folded(_with_probe_batch(model, probe), probe, known) for probe in PROBE_BATCHES)
+    # Their values decide nothing here, and are most of the model: shapes stand in for them until the end.
+    hidden = [tensor for tensor in model.graph.initializer if tensor.name in set(parameters)]
+    known = frozenset(tensor.name for tensor in hidden)
+    stand_ins = [helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in hidden]
+    _remove(model.graph.initializer, known)
+    _remove(model.graph.input, known)
+    first, second = (_folded(_with_probe_batch(model, probe), probe, stand_ins) for probe in PROBE_BATCHES)
     _restore(first, second)
+    _remove(first.graph.input, known)
+    first.graph.initializer.extend(hidden)
     return first, known
+
+
+def _remove(values: Any, names: Collection[str]) -> None:
+    """Remove the members of a repeated field that are called one of ``names``."""
+    kept = [value for value in values if value.name not in names]
+    del values[:]
+    values.extend(kept)
 
 
 def _likely_parameters(model: onnx.ModelProto) -> set[str]:
@@ -95,7 +109,7 @@ def _holds_tensor(node: onnx.NodeProto) -> bool:
     return bool(node.op_type == "Constant" and node.attribute[0].name == "value")
 
 
-def _folded(model: onnx.ModelProto, batch: int, parameters: Collection[str]) -> onnx.ModelProto:
+def _folded(model: onnx.ModelProto, batch: int, stand_ins: Sequence[onnx.ValueInfoProto]) -> onnx.ModelProto:
     from onnxscript import ir, optimizer
 
     def should_fold(node: Any) -> bool | None:
@@ -106,13 +120,6 @@ def _folded(model: onnx.ModelProto, batch: int, parameters: Collection[str]) -> 
         # The folder keeps ConstantOfShape by default, and with it the padding that torch's older exporter computes.
         return not any(((array > 0) & (array % batch == 0)).any() for array in whole)
 
-    hidden = [tensor for tensor in model.graph.initializer if tensor.name in parameters]
-    names = {tensor.name for tensor in hidden}
-    kept = [tensor for tensor in model.graph.initializer if tensor.name not in names]
-    already = {value.name for value in model.graph.input}
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(kept)
-    stand_ins = [helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in hidden if t.name not in already]
     model.graph.input.extend(stand_ins)
     result = _with_plain_casts(model)
     for _ in range(_ROUNDS):
@@ -124,10 +131,6 @@ def _folded(model: onnx.ModelProto, batch: int, parameters: Collection[str]) -> 
             break
         # The folder lost a shape on its way; what ONNX infers from the folded graph takes it further.
         result = shape_inference.infer_shapes(result, data_prop=True)
-    inputs = [value for value in result.graph.input if value.name not in names]
-    del result.graph.input[:]
-    result.graph.input.extend(inputs)
-    result.graph.initializer.extend(hidden)
     return result
 
 
