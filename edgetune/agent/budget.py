@@ -5,13 +5,13 @@ Knows the planner; nothing of sessions, files or how memory is measured.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import gc
 from dataclasses import dataclass
 from typing import Any
 
 from edgetune.bundle import Manifest
+from edgetune.engines import heap
 from edgetune.errors import BudgetError
 from edgetune.planning.plan import Plan, make_plan
 from edgetune.planning.spectra import Calibration, identity_calibration
@@ -159,7 +159,4 @@ def same_shape(one: Plan, other: Plan) -> bool:
 def release_memory() -> None:
     """Give freed memory back to the system, where the C library can, so that the next peak does not include it."""
     gc.collect()
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-    except (OSError, AttributeError):
-        pass
+    heap.trim()

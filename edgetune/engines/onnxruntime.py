@@ -16,8 +16,8 @@ import numpy as np
 
 from edgetune.bundle import Array, Bundle, GraphSpec
 from edgetune.engines import heap
-from edgetune.engines.runtime import Handle
-from edgetune.errors import EngineError, choices
+from edgetune.engines.runtime import Handle, check_feeds, graph_spec
+from edgetune.errors import EngineError
 
 
 def import_onnxruntime() -> Any:
@@ -101,9 +101,9 @@ class OnnxRuntime:
         into: Mapping[str, Handle],
     ) -> dict[str, Handle]:
         binding = session.io_binding()
-        for name in self._spec(graph).run_stages()[stage].inputs:
-            if name not in feeds:
-                raise EngineError(f"graph '{graph}' reads '{name}', which was not given; given: {choices(feeds)}")
+        inputs = self._spec(graph).run_stages()[stage].inputs
+        check_feeds(graph, inputs, feeds)
+        for name in inputs:
             binding.bind_ortvalue_input(name, feeds[name])
         for name in outputs:
             if name in into:
@@ -135,10 +135,7 @@ class OnnxRuntime:
         check_order(graph, self._spec(graph).nodes, events)
 
     def _spec(self, graph: str) -> GraphSpec:
-        graphs = self._bundle.manifest.graphs
-        if graph not in graphs:
-            raise EngineError(f"the bundle has no graph '{graph}'; it has: {choices(graphs)}")
-        return graphs[graph]
+        return graph_spec(self._bundle, graph)
 
     def _session(self, graph: str, stage: int, profile: Path | None = None) -> Any:
         if (graph, stage) not in self._sessions or profile is not None:

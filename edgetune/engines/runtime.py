@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from edgetune.bundle import Array
+from edgetune.bundle import Array, Bundle, GraphSpec
+from edgetune.errors import EngineError, choices
 
 Handle = Any  # a tensor where the runtime wants it: an OrtValue, a torch tensor
 
@@ -49,3 +50,22 @@ class Runtime(Protocol):
         Raises:
             EngineError: they differ; memory would be more than planned.
         """
+
+
+def graph_spec(bundle: Bundle, graph: str) -> GraphSpec:
+    """Return the description of ``graph``.
+
+    Raises:
+        EngineError: the bundle has no such graph.
+    """
+    graphs = bundle.manifest.graphs
+    if graph not in graphs:
+        raise EngineError(f"the bundle has no graph '{graph}'; it has: {choices(graphs)}")
+    return graphs[graph]
+
+
+def check_feeds(graph: str, inputs: Iterable[str], feeds: Mapping[str, Handle]) -> None:
+    """Raise EngineError unless every one of ``inputs`` is fed."""
+    for name in inputs:
+        if name not in feeds:
+            raise EngineError(f"graph '{graph}' reads '{name}', which was not given; given: {choices(feeds)}")

@@ -15,7 +15,7 @@ import torch
 
 from edgetune.bundle import Array, Bundle, GraphSpec
 from edgetune.engines import heap
-from edgetune.engines.runtime import Handle
+from edgetune.engines.runtime import Handle, check_feeds, graph_spec
 from edgetune.errors import EngineError, choices
 
 try:
@@ -145,9 +145,7 @@ class TorchRuntime:
         """Run one stage of ``graph``."""
         self.load(graph)
         program = self._programs[graph][stage]
-        for name in program.inputs:
-            if name not in feeds:
-                raise EngineError(f"graph '{graph}' reads '{name}', which was not given; given: {choices(feeds)}")
+        check_feeds(graph, program.inputs, feeds)
         unknown = [name for name in outputs if name not in program.outputs]
         if unknown:
             raise EngineError(f"graph '{graph}' makes no '{unknown[0]}'; it makes: {choices(program.outputs)}")
@@ -168,7 +166,4 @@ class TorchRuntime:
         self.load(graph)
 
     def _spec(self, graph: str) -> GraphSpec:
-        graphs = self._bundle.manifest.graphs
-        if graph not in graphs:
-            raise EngineError(f"the bundle has no graph '{graph}'; it has: {choices(graphs)}")
-        return graphs[graph]
+        return graph_spec(self._bundle, graph)
