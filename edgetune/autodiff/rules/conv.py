@@ -155,22 +155,35 @@ def _window(g: GraphBuilder, source: str, geometry: Geometry, tap: tuple[int, ..
     return str(g.op("Slice", source, *bounds, hint="window"))
 
 
-def _wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:
-    return [Want(node.inputs[0], Use.WEIGHT_GRAD, groups=int(node.attributes.get("group", 1)))] if 1 in wrt else []
+InputGradient = Callable[[GraphBuilder, str, str, Geometry], str]
+"""(builder, dY, W, geometry) -> dX"""
+LayerGradient = Callable[[Context, Node, Geometry, str], str]
+"""(context, node, geometry, dY) -> dW"""
 
 
-def _backward(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
-    g, geometry = ctx.g, Geometry.of(ctx.graph, node)
-    gradients: dict[int, str] = {}
-    if 2 in wrt:
-        axes = [0, *range(2, 2 + len(geometry.kernel))]
-        gradients[2] = g.op("ReduceSum", dy, g.const(axes), keepdims=0, hint="db")
-    # The weight gradient comes first: while it is computed, dX does not exist yet.
-    if 1 in wrt:
-        gradients[1] = _weight_gradient(ctx, node, geometry, dy)
-    if 0 in wrt:
-        gradients[0] = transposed_convolution(g, dy, node.inputs[1], geometry)
-    return gradients
+def convolution_rule(
+    geometry_of: Callable[[ForwardGraph, Node], Geometry], input_gradient: InputGradient, weight_gradient: LayerGradient
+) -> Rule:
+    """Return the rule of a convolution, ordinary or transposed, whose gradients of input and weight these give."""
+
+    def wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:
+        groups = int(node.attributes.get("group", 1))
+        return [Want(node.inputs[0], Use.WEIGHT_GRAD, groups=groups)] if 1 in wrt else []
+
+    def backward(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
+        g, geometry = ctx.g, geometry_of(ctx.graph, node)
+        gradients: dict[int, str] = {}
+        if 2 in wrt:
+            axes = [0, *range(2, 2 + len(geometry.kernel))]
+            gradients[2] = g.op("ReduceSum", dy, g.const(axes), keepdims=0, hint="db")
+        # The weight gradient comes first: while it is computed, dX does not exist yet.
+        if 1 in wrt:
+            gradients[1] = weight_gradient(ctx, node, geometry, dy)
+        if 0 in wrt:
+            gradients[0] = input_gradient(g, dy, node.inputs[1], geometry)
+        return gradients
+
+    return Rule(wants, backward, "its input, through a codec")
 
 
 def _weight_gradient(ctx: Context, node: Node, geometry: Geometry, dy: str) -> str:
@@ -222,4 +235,4 @@ def _hosvd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: G
 
 _IN_FACTORS = {Svd.name: _svd_weight_gradient, Hosvd.name: _hosvd_weight_gradient}
 
-RULES = {"Conv": Rule(_wants, _backward, "its input, through a codec")}
+RULES = {"Conv": convolution_rule(Geometry.of, transposed_convolution, _weight_gradient)}

@@ -13,15 +13,12 @@ For a Tucker codec the taps run over the ranks, as in Conv:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 from edgetune.autodiff.builder import GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node
-from edgetune.autodiff.rule import Context, Rule, Stored, Want
-from edgetune.autodiff.rules.conv import Geometry, emit_batch_rank_of_image, weight_gradient_taps
+from edgetune.autodiff.rule import Context, Stored
+from edgetune.autodiff.rules.conv import Geometry, convolution_rule, emit_batch_rank_of_image, weight_gradient_taps
 from edgetune.autodiff.rules.weight_gradient import emit_weight_gradient
 from edgetune.codecs import Hosvd, Svd
-from edgetune.codecs.base import Use
 from edgetune.codecs.hosvd import emit_spatial
 from edgetune.errors import UnsupportedOperatorError
 
@@ -54,24 +51,6 @@ def _geometry(graph: ForwardGraph, node: Node) -> Geometry:
         output=graph.shapes[node.inputs[0]][2:],
         out_channels=weight[0],
     )
-
-
-def _wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:
-    return [Want(node.inputs[0], Use.WEIGHT_GRAD, groups=int(node.attributes.get("group", 1)))] if 1 in wrt else []
-
-
-def _backward(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
-    g, geometry = ctx.g, _geometry(ctx.graph, node)
-    gradients: dict[int, str] = {}
-    if 2 in wrt:
-        axes = [0, *range(2, 2 + len(geometry.kernel))]
-        gradients[2] = g.op("ReduceSum", dy, g.const(axes), keepdims=0, hint="db")
-    # The weight gradient comes first: while it is computed, dX does not exist yet.
-    if 1 in wrt:
-        gradients[1] = _weight_gradient(ctx, node, geometry, dy)
-    if 0 in wrt:
-        gradients[0] = _convolution(g, dy, node.inputs[1], geometry)
-    return gradients
 
 
 def _convolution(g: GraphBuilder, dy: str, weight: str, geometry: Geometry) -> str:
@@ -127,4 +106,4 @@ def _hosvd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: G
 
 _IN_FACTORS = {Svd.name: _svd_weight_gradient, Hosvd.name: _hosvd_weight_gradient}
 
-RULES = {"ConvTranspose": Rule(_wants, _backward, "its input, through a codec")}
+RULES = {"ConvTranspose": convolution_rule(_geometry, _convolution, _weight_gradient)}

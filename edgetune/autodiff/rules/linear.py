@@ -52,15 +52,7 @@ def _wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Wan
 
 
 def _linear(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
-    layer = _Layer.of(ctx.graph, node, bool(node.attributes["transposed"]))
-    gradients: dict[int, str] = {}
-    if 2 in wrt:
-        gradients[2] = unbroadcast(ctx, dy, node.inputs[2], node.outputs[0])
-    if 1 in wrt:
-        gradients[1] = _weight_gradient(ctx, node, dy, layer)
-    if 0 in wrt:
-        gradients[0] = _input_gradient(ctx, node, dy, layer)
-    return gradients
+    return _gradients(ctx, node, wrt, dy, _Layer.of(ctx.graph, node, bool(node.attributes["transposed"])))
 
 
 def _gemm(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
@@ -68,12 +60,18 @@ def _gemm(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int
         raise UnsupportedOperatorError(
             f"Gemm '{node.name}': only X·W with a weight W is known, not Xᵀ or W of the data"
         )
-    g = ctx.g
     alpha, beta = float(node.attributes.get("alpha", 1.0)), float(node.attributes.get("beta", 1.0))
     layer = _Layer.of(ctx.graph, node, bool(node.attributes.get("transB", 0)), alpha)
+    return _gradients(ctx, node, wrt, dy, layer, beta)
+
+
+def _gradients(
+    ctx: Context, node: Node, wrt: frozenset[int], dy: str, layer: _Layer, beta: float = 1.0
+) -> Mapping[int, str]:
+    """Emit the gradients of Y = alpha·X·W + ``beta``·bias."""
     gradients: dict[int, str] = {}
     if 2 in wrt:
-        scaled = dy if beta == 1.0 else g.op("Mul", dy, g.const(beta), hint="dc")
+        scaled = dy if beta == 1.0 else ctx.g.op("Mul", dy, ctx.g.const(beta), hint="dc")
         gradients[2] = unbroadcast(ctx, scaled, node.inputs[2], node.outputs[0])
     if 1 in wrt:
         gradients[1] = _weight_gradient(ctx, node, dy, layer)
