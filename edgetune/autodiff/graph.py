@@ -75,6 +75,11 @@ class ForwardGraph:
         """All that the graph is for: the outputs, and the traced loss."""
         return self.outputs if self.loss is None else (*self.outputs, self.loss)
 
+    @property
+    def goal(self) -> str:
+        """What gradients start from: the traced loss, or else the output that a loss is computed from."""
+        return self.outputs[0] if self.loss is None else self.loss
+
     def consumers(self) -> dict[str, list[Node]]:
         """Return, per tensor, the nodes that read it, in order."""
         readers: dict[str, list[Node]] = {}

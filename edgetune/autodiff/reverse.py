@@ -276,7 +276,7 @@ def emit_gradients(
         UnsupportedOperatorError: an operator between a parameter and the loss has no rule.
         ExportError: the loss does not depend on a parameter.
     """
-    goal = graph.outputs[0] if graph.loss is None else graph.loss
+    goal = graph.goal
     graph = dataclasses.replace(graph, nodes=prune(graph.nodes, [goal]))
     active = set(parameters)
     wrt: dict[str, frozenset[int]] = {}

@@ -189,7 +189,7 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
         features=tuple(_spec(graph, n) for n in split.features),
         outputs=outputs,
         targets=targets,
-        classes=_classes(outputs[0], targets, options),
+        classes=_classes(outputs[0], options),
         preprocess=_preprocess(inputs[0].shape, options),
         loss=LossSpec(TRACED) if loss is None else LossSpec(options.loss, _settings(options.loss_config())),
         optimizer=OptimizerSpec(options.optimizer, optimizer.slots, dict(optimizer.scalars)),
@@ -241,10 +241,9 @@ def _settings(config: LossConfig) -> dict[str, Any]:
     }
 
 
-def _classes(output: TensorSpec, targets: TensorSpec, options: ExportOptions) -> tuple[str, ...]:
+def _classes(output: TensorSpec, options: ExportOptions) -> tuple[str, ...]:
     """Return the names of the classes: given, or their numbers; none where the targets are no classes."""
-    classifies = options.loss == "cross_entropy"
-    if not classifies:
+    if options.loss != "cross_entropy":
         if options.classes:
             raise UsageError("class names go with --loss cross_entropy")
         return ()

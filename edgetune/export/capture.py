@@ -111,7 +111,7 @@ def _capture_module(
     inputs = name_inputs(inputs, known)
     tensors = [torch.from_numpy(signature.example(_SAMPLES)) for signature in inputs]
     result = _run(model, tensors, inputs)
-    outputs = _choose_outputs(list(named_tensors(result)), wanted)
+    outputs = choose_outputs(list(named_tensors(result)), wanted)
     names = [signature.name for signature in inputs]
     targets: tuple[str, ...] = ()
     if loss is None:
@@ -181,8 +181,12 @@ def named_tensors(result: Any) -> dict[str, Any]:
     return found
 
 
-def _choose_outputs(known: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Return the outputs to keep, the one for the loss first."""
+def choose_outputs(known: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """Return the outputs to keep, the one for the loss first: those ``wanted``, or else the usual one.
+
+    Raises:
+        UsageError: there is no output of a wanted name, or none is the usual one.
+    """
     unknown = [name for name in wanted if name not in known]
     if unknown:
         raise UsageError(f"the model has no output {choices(unknown)}; it has: {choices(known)}")
@@ -238,7 +242,7 @@ def _with_outputs(model: onnx.ModelProto, wanted: Sequence[str]) -> onnx.ModelPr
     known = {value.name: value for value in model.graph.output}
     if len(known) == 1 and not wanted:
         return model
-    kept = [known[name] for name in _choose_outputs(list(known), wanted)]
+    kept = [known[name] for name in choose_outputs(list(known), wanted)]
     del model.graph.output[:]
     model.graph.output.extend(kept)
     return model

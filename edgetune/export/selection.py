@@ -50,7 +50,7 @@ class Selection:
 def weight_layers(graph: ForwardGraph) -> list[WeightLayer]:
     """Return all weight layers that the loss depends on, in execution order; each is named after its weight."""
     found: list[WeightLayer] = []
-    for node in prune(graph.nodes, [graph.outputs[0] if graph.loss is None else graph.loss]):
+    for node in prune(graph.nodes, [graph.goal]):
         if node.op not in WEIGHT_OPS or node.input(1) not in graph.parameters:
             continue
         weight = node.inputs[1]
@@ -115,8 +115,7 @@ def choose_trained(
 
 def _in_order(graph: ForwardGraph) -> list[str]:
     """Return the names that the loss depends on, in the order in which they are first read."""
-    goal = graph.outputs[0] if graph.loss is None else graph.loss
-    return list(dict.fromkeys(name for node in prune(graph.nodes, [goal]) for name in node.inputs))
+    return list(dict.fromkeys(name for node in prune(graph.nodes, [graph.goal]) for name in node.inputs))
 
 
 def _matching(pattern: str, names: Sequence[str]) -> list[str]:

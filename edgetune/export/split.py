@@ -68,8 +68,7 @@ def _knows_batch(graph: ForwardGraph, node: Node) -> bool:
 
 
 def _check_reach(graph: ForwardGraph, trained: Collection[str]) -> None:
-    goal = graph.outputs[0] if graph.loss is None else graph.loss
-    reached = {name for node in prune(graph.nodes, [goal]) for name in node.inputs}
+    reached = {name for node in prune(graph.nodes, [graph.goal]) for name in node.inputs}
     lost = [name for name in trained if name not in reached]
     if lost:
         raise ExportError(f"{', '.join(lost[:5])}: trained, but the loss does not depend on it; choose other layers")
@@ -83,8 +82,7 @@ def _crossing(graph: ForwardGraph, name: str) -> tuple[str, list[Node], list[Nod
     feature, back = f"{name}.by_sample", graph.reshape_target(name)
     axis = next(i for i, extent in enumerate(shape) if extent <= 0)
     kind = graph.dtypes[name]
-    moved = [0, *(i for i in range(len(shape)) if i != axis)] if axis == 0 else [axis, *range(axis)]
-    moved += [i for i in range(axis + 1, len(shape)) if i not in moved]
+    moved = [axis, *(i for i in range(len(shape)) if i != axis)]
     leave, enter = list[Node](), list[Node]()
     source, laid = name, tuple(shape[i] for i in moved)
     if axis:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from typing import Protocol
 
 from edgetune.autodiff.builder import FunctionLibrary, GraphBuilder
+from edgetune.autodiff.lowering import batch_ones
 from edgetune.codecs.base import Array
 from edgetune.errors import UsageError
 
@@ -111,11 +112,4 @@ def per_class(values: Array, axes: int) -> Array:
 
 def emit_batch(g: GraphBuilder, output: str, shape: tuple[int, ...]) -> str:
     """Emit the extent of the batch as a float32 scalar, from one element of every sample of ``output``."""
-    element = output
-    if shape:
-        axes = list(range(1, len(shape) + 1))
-        zeros, ones = g.const([0] * len(axes)), g.const([1] * len(axes))
-        element = g.op("Slice", output, zeros, ones, g.const(axes), hint="element")
-    # Equal to itself: a NaN is not, but then the loss is NaN as well.
-    one = g.op("Cast", g.op("Equal", element, element, hint="is_one"), to=FLOAT, hint="one")
-    return str(g.op("ReduceSum", one, keepdims=0, hint="batch"))
+    return str(g.op("ReduceSum", batch_ones(g, output, (0, *shape)), keepdims=0, hint="batch"))
