@@ -19,7 +19,7 @@ from torch.nn import functional
 import edgetune
 from edgetune.autodiff.losses import loss_named
 from edgetune.bundle import Array, Bundle
-from edgetune.export.capture import Captured, named_tensors
+from edgetune.export.capture import Captured, choose_outputs, named_tensors
 from edgetune.export.source import Signature
 from tools.kinks import Kinks, near_kinks
 from tools.zoo import draw_smooth
@@ -93,7 +93,7 @@ class Subject:
         """Return the output of ``model`` for the loss; inputs that have a name are passed by it."""
         named = {s.name: v for s, v in zip(self.inputs, values, strict=True) if s.named}
         made = model(*(v for s, v in zip(self.inputs, values, strict=True) if not s.named), **named)
-        return first_output(made) if self.output is None else cast(Tensor, named_tensors(made)[self.output])
+        return first_output(made, self.output)
 
 
 @dataclass(frozen=True)
@@ -108,12 +108,11 @@ class Sample:
     near_kinks: int
 
 
-def first_output(outputs: Any) -> Tensor:
-    """Return the first tensor of what a model returns: a tensor, a sequence, or a mapping such as a ModelOutput."""
-    if isinstance(outputs, Tensor):
-        return outputs
-    values = outputs.values() if isinstance(outputs, Mapping) else outputs
-    return next(value for value in values if isinstance(value, Tensor))
+def first_output(outputs: Any, name: str | None = None) -> Tensor:
+    """Return the tensor ``name`` of what a model returns, or else the one that the exporter takes for the loss."""
+    tensors = named_tensors(outputs)
+    (chosen,) = choose_outputs(list(tensors), [] if name is None else [name])
+    return cast(Tensor, tensors[chosen])
 
 
 TORCH_LOSSES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
