@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from edgetune.autodiff.builder import GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph
 from edgetune.autodiff.lowering import emit_node
-from edgetune.autodiff.reverse import Slot
+from edgetune.autodiff.memory import Slot
+from edgetune.codecs import Mode
 
 
 def emit_grams(g: GraphBuilder, graph: ForwardGraph, slots: Sequence[Slot]) -> dict[str, str]:
     """Emit the forward pass of ``graph`` and, behind each slot's tensor, one Gram matrix per mode.
 
-    Returns output name ``gram/<slot>/<letter>`` -> emitted name; each is [groups, n, n].
+    Returns output name ``gram/<slot>/<spectrum>`` -> emitted name; each is [groups, n, n].
     """
     made: dict[str, str] = {}
     pending = {slot.saved.name: slot for slot in slots}
@@ -25,9 +26,9 @@ def emit_grams(g: GraphBuilder, graph: ForwardGraph, slots: Sequence[Slot]) -> d
     def measure(tensor: str) -> None:
         for name in [n for n, slot in pending.items() if slot.tensor == tensor]:
             slot = pending.pop(name)
-            for letter, _ in slot.bases:
-                g.scope = f"gram/{name}/{letter}"
-                made[g.scope] = _emit_gram(g, graph, slot, letter)
+            for mode in spectra_of(slot).values():
+                g.scope = f"gram/{name}/{mode.spectrum}"
+                made[g.scope] = _emit_gram(g, graph, slot, mode.letter)
 
     for name in graph.inputs:
         measure(name)
@@ -39,6 +40,11 @@ def emit_grams(g: GraphBuilder, graph: ForwardGraph, slots: Sequence[Slot]) -> d
     if pending:
         raise ValueError(f"no node makes the tensors of {sorted(pending)}")
     return made
+
+
+def spectra_of(slot: Slot) -> dict[str, Mode]:
+    """Return what calibration has to learn of ``slot``: one mode per spectrum, whichever codecs share it."""
+    return {mode.spectrum: mode for mode in slot.inputs.values() if mode.spectrum}
 
 
 def _emit_gram(g: GraphBuilder, graph: ForwardGraph, slot: Slot, letter: str) -> str:

@@ -1,8 +1,13 @@
 """Reverse mode on ONNX graphs: a forward graph in, one graph with its gradients out.
 
 Two passes over the rules. The first asks every rule what it will want in the backward pass; so each tensor is kept at
-most once, in the cheapest form that serves all who want it. The second emits: the forward pass with every encoder right
-behind the tensor that it keeps, the loss, and the backward pass, adding gradients where a tensor fans out.
+most once, in the cheapest form that serves all who want it (``memory.py``). The second emits: the forward pass with
+every encoder right behind the tensor that it keeps, the loss, and the backward pass, adding gradients where a tensor
+fans out.
+
+Where a plan may choose between several codecs for one tensor, the graph holds them all, and a ``Choose`` node stands
+where their results meet. It is no operator that runs: choosing means taking one of its inputs and dropping what then
+serves nothing (``planning.selection``).
 
 Knows the builder, the rules and the codecs; knows nothing of files, models or runtimes.
 """
@@ -10,40 +15,34 @@ Knows the builder, the rules and the codecs; knows nothing of files, models or r
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edgetune.autodiff.builder import FunctionLibrary, GraphBuilder
+from edgetune.autodiff.builder import DOMAIN, FunctionLibrary, GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node, prune
 from edgetune.autodiff.losses import EmittedLoss, Loss
 from edgetune.autodiff.lowering import emit_node
-from edgetune.autodiff.rule import FLOATS, FunctionBody, Rule, Stored, Want
+from edgetune.autodiff.memory import Memory, Option, Slot, TrainedLayer
+from edgetune.autodiff.rebuild import rebuild
+from edgetune.autodiff.rule import FLOATS, FunctionBody, Kept, Rule, Stored
 from edgetune.autodiff.rules import rule_for
-from edgetune.codecs import Codec, Dense, Saved, Use
-from edgetune.codecs.base import POSITIONS, Encoded
+from edgetune.codecs import Codec, Dense, Recompute, Source, identifier, label_of
+from edgetune.codecs.base import Encoded
 from edgetune.codecs.sign import Interval, emit_inside, emit_pack, emit_unpack
 from edgetune.errors import ExportError, UnsupportedOperatorError, choices
 
-BasisInput = tuple[str, str]  # (mode letter, name of the graph input)
-SlotKey = tuple[str, int, bool]  # (tensor, groups, channels last): a convolution and a linear layer may read the same
+__all__ = ["Gradients", "Option", "Slot", "TrainedLayer", "emit_gradients"]
 
-
-@dataclass(frozen=True)
-class Slot:
-    """One tensor kept for weight gradients: which, for which layers, and how it was encoded."""
-
-    tensor: str
-    layers: tuple[str, ...]
-    codec: Codec
-    saved: Saved
-    bases: tuple[BasisInput, ...] = ()
-    encoded: Encoded | None = None
+CHOOSE = "Choose"
+"""Operator of the domain ``edgetune`` with attributes ``saved`` (name of the saved tensor) and ``options`` (labels)."""
 
 
 @dataclass
 class Gradients:
-    """What reverse mode emitted: graph inputs beyond the forward graph's own, and the outputs."""
+    """What reverse mode emitted: graph inputs beyond the forward graph's own, and the outputs.
+
+    ``energies`` are emitted names by the name of the slot; ``carried`` by that of the graph input whose next value it is.
+    """
 
     loss: str
     correct: str | None
@@ -51,111 +50,28 @@ class Gradients:
     slots: list[Slot]
     kept: list[str]
     forward_ends: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class TrainedLayer:
-    """The name of a trained weight layer and the codec for its input."""
-
-    name: str
-    codec: Codec
-
-
-class _Memory:
-    """What is to be kept of every tensor, resolved from all wants before anything is emitted."""
-
-    def __init__(self, graph: ForwardGraph, layers: Mapping[str, TrainedLayer]) -> None:
-        self.graph = graph
-        self.layers = layers
-        self.dense: set[str] = set()
-        self.compressed: dict[SlotKey, Slot] = {}
-        self.uncompressed: dict[SlotKey, Slot] = {}
-        self.intervals: dict[str, list[Interval]] = {}
-        self._wants: list[tuple[Node, Want]] = []
-
-    def add(self, node: Node, want: Want) -> None:
-        if want.tensor in self.graph.constants and want.use is not Use.WEIGHT_GRAD:
-            return
-        if want.use is Use.SIGN and not self._grows(want.tensor):
-            want = dataclasses.replace(want, use=Use.VALUE)  # made of parameters alone
-        self._wants.append((node, want))
-
-    def resolve(self) -> None:
-        """Decide. A tensor that somebody needs exactly is kept as it is, and serves every other use too."""
-        readers: dict[SlotKey, list[TrainedLayer]] = {}
-        for node, want in self._wants:
-            if want.use is Use.VALUE:
-                self.dense.add(want.tensor)
-            elif want.use is Use.WEIGHT_GRAD:
-                # A weight that nobody listed (one inside an attention, say) is trained from its input as it is.
-                layer = self.layers.get(node.name) or TrainedLayer(node.name, Dense())
-                readers.setdefault((want.tensor, want.groups, want.channels_last), []).append(layer)
-                if not layer.codec.lossy:
-                    self.dense.add(want.tensor)
-        for tensor, _, channels_last in readers:
-            if not self._compressible(tensor, channels_last):
-                self.dense.add(tensor)
-        for key, layers in readers.items():
-            tensor, groups, channels_last = key
-            names = tuple(layer.name for layer in layers)
-            saved = Saved(names[0], self._saved_shape(tensor, channels_last), groups, channels_last)
-            codec = layers[0].codec if tensor not in self.dense else Dense()
-            if codec.lossy:
-                bases = tuple((letter, _basis_name(saved, letter)) for letter in codec.letters(saved))
-                self.compressed[key] = Slot(tensor, names, codec, saved, bases)
-            else:
-                self.uncompressed[key] = Slot(tensor, names, codec, saved, (), Encoded((tensor,), {}, None))
-        self.dense -= self.graph.constants.keys()  # these are there anyway
-        for _, want in self._wants:
-            if want.use is Use.SIGN and want.tensor not in self.dense:
-                found = self.intervals.setdefault(want.tensor, [])
-                if want.interval not in found:
-                    found.append(want.interval)
-
-    def _grows(self, tensor: str) -> bool:
-        """Tell whether ``tensor`` has a batch axis."""
-        return any(extent <= 0 for extent in self.graph.shapes[tensor])
-
-    def _compressible(self, tensor: str, channels_last: bool) -> bool:
-        """Where several images per sample pass through a convolution, their count is no mode of its input."""
-        return self._grows(tensor) and (channels_last or self.graph.shapes[tensor][0] == 0)
-
-    def _saved_shape(self, tensor: str, channels_last: bool) -> tuple[int, ...]:
-        """Return what a slot of ``tensor`` says of one sample; of a linear layer's input [*positions, c].
-
-        The order of the rows of a linear layer's input is free: its weight gradient is a sum over them. So where the
-        batch does not lead, the rows are counted off in equal shares, and more than three axes of positions are
-        joined to three.
-        """
-        if not self._grows(tensor):
-            return self.graph.shapes[tensor]
-        shape = self.graph.per_sample(tensor)
-        if not channels_last:
-            return shape
-        channels = self.graph.shapes[tensor][-1]
-        positions = shape[:-1]
-        if not positions and shape != (channels,):
-            positions = (shape[0] // channels,)
-        if len(positions) > len(POSITIONS):
-            joined = len(positions) - len(POSITIONS) + 1
-            positions = (math.prod(positions[:joined]), *positions[joined:])
-        return (*positions, channels)
-
-
-def _basis_name(saved: Saved, letter: str) -> str:
-    return f"{saved.name}.sketch" if letter == "b" else f"{saved.name}.basis.{letter}"
+    energies: dict[str, str]
+    carried: dict[str, str]
 
 
 class _Reverser:
     """Emits one train graph; satisfies :class:`edgetune.autodiff.rule.Context`."""
 
     def __init__(
-        self, g: GraphBuilder, library: FunctionLibrary, graph: ForwardGraph, layers: Mapping[str, TrainedLayer]
+        self,
+        g: GraphBuilder,
+        library: FunctionLibrary,
+        graph: ForwardGraph,
+        layers: Mapping[str, TrainedLayer],
+        values: Sequence[Codec],
     ) -> None:
         self.g = g
         self.graph = graph
         self.library = library
-        self.memory = _Memory(graph, layers)
+        self.memory = Memory(graph, layers, values)
+        self.energies: dict[str, str] = {}
+        self.carried: dict[str, str] = {}
+        self._decoded: dict[tuple[str, str], str] = {}
         self._kept: dict[str, tuple[str, ...]] = {}
         self._masks: dict[tuple[str, Interval], str] = {}
         self.kept_names: list[str] = []
@@ -163,9 +79,34 @@ class _Reverser:
     # -- what rules call ------------------------------------------------------------------------------------------
 
     def value(self, tensor: str) -> str:
-        if tensor not in self.memory.dense and tensor not in self.graph.constants:
+        if tensor in self.memory.dense or tensor in self.graph.constants:
+            return tensor
+        key = self.memory.slot_of(tensor)
+        if key is None:
             raise KeyError(f"a rule loads '{tensor}' without having wanted its value")
-        return tensor
+        # once per rule: between two rules the decoded tensor would only take memory
+        if (self.g.scope, tensor) not in self._decoded:
+            slot = self.memory.slots[key]
+            results = [self._decode(slot, stored) for stored in self._options(slot)]
+            self._decoded[self.g.scope, tensor] = self.choose(slot.saved.name, results, "decoded")
+        return self._decoded[self.g.scope, tensor]
+
+    def _decode(self, slot: Slot, stored: Stored) -> str:
+        if stored.encoded.stored == (slot.tensor,):
+            return slot.tensor
+        letters, shape = list(stored.encoded.bases), self.graph.shapes[slot.tensor]
+
+        def body(g: GraphBuilder, names: Sequence[str]) -> str:
+            count = len(stored.encoded.stored)
+            bases = dict(zip(letters, names[count:], strict=True))
+            decoded = stored.codec.emit_decode(g, Encoded(tuple(names[:count]), bases, None), stored.saved)
+            if shape == (0, *stored.saved.shape):
+                return decoded
+            return str(g.op("Reshape", decoded, g.const(self.graph.reshape_target(slot.tensor)), hint="decoded"))
+
+        label = _function_name("Decode", stored.codec, slot, self.graph)
+        inputs = [*stored.encoded.stored, *stored.encoded.bases.values()]
+        return self.function("_".join([label, *letters]), inputs, "decoded", body)
 
     def mask(self, tensor: str, interval: Interval) -> str:
         if tensor in self.memory.dense:
@@ -180,11 +121,29 @@ class _Reverser:
             return inside
         return str(self.g.op("Reshape", inside, self.g.const(self.graph.reshape_target(tensor)), hint="inside"))
 
-    def stored(self, tensor: str, groups: int = 1, channels_last: bool = False) -> Stored:
-        key = (tensor, groups, channels_last)
-        slot = self.memory.compressed.get(key) or self.memory.uncompressed[key]
-        assert slot.encoded is not None
-        return Stored(slot.codec, slot.saved, slot.encoded)
+    def stored(self, tensor: str, groups: int = 1, channels_last: bool = False) -> Kept:
+        slot = self.memory.slots[tensor, groups, channels_last]
+        return Kept(slot.saved.name, slot.saved, tuple(self._options(slot)))
+
+    def _options(self, slot: Slot) -> list[Stored]:
+        """Return what every option of ``slot`` stored; what is stored nowhere is computed again."""
+        found = []
+        for option in slot.options:
+            assert option.encoded is not None
+            codec, encoded = option.codec, option.encoded
+            if isinstance(codec, Recompute):
+                available = self.memory.dense | set(self.graph.inputs)
+                again = rebuild(self.g, self.graph, slot.tensor, available)
+                codec, encoded = Dense(), Encoded((again,), {}, None)
+            found.append(Stored(codec, slot.saved, encoded))
+        return found
+
+    def choose(self, kept: str, results: Sequence[str], hint: str) -> str:
+        slot = next(slot for slot in self.memory.slots.values() if slot.saved.name == kept)
+        if len(results) == 1:
+            return results[0]
+        labels = [label_of(option.codec) for option in slot.options]
+        return str(self.g.op(CHOOSE, *results, hint=hint, domain=DOMAIN, saved=kept, options=labels))
 
     def kept(self, node: Node) -> tuple[str, ...]:
         return self._kept[node.name]
@@ -213,30 +172,49 @@ class _Reverser:
 
     def _keep(self, tensor: str) -> None:
         self.g.scope = tensor
-        for key, slot in self.memory.compressed.items():
-            if slot.tensor == tensor:
-                self.memory.compressed[key] = self._encode(slot)
+        for key, slot in self.memory.slots.items():
+            if slot.tensor == tensor and any(option.encoded is None for option in slot.options):
+                self.memory.slots[key] = self._encode(slot)
         for interval in self.memory.intervals.get(tensor, ()):
             self._masks[tensor, interval] = self._pack(tensor, interval)
             self.kept_names.append(self._masks[tensor, interval])
 
     def _encode(self, slot: Slot) -> Slot:
-        letters = [letter for letter, _ in slot.bases]
+        """Emit the encoders of all options of ``slot``."""
+        options = [dataclasses.replace(option, encoded=self._encoded(slot, option)) for option in slot.options]
+        energies = [option.encoded.energy or "" for option in options if option.encoded is not None]
+        if any(energies):
+            self.energies[slot.saved.name] = self.choose(slot.saved.name, energies, "energy")
+        return dataclasses.replace(slot, options=tuple(options))
+
+    def _encoded(self, slot: Slot, option: Option) -> Encoded:
+        codec = option.codec
+        if isinstance(codec, Recompute):
+            return Encoded((), {}, None)
+        letters = [mode.letter for mode, _ in option.inputs]
         by_sample = self.graph.shapes[slot.tensor] == (0, *slot.saved.shape)
 
         def body(g: GraphBuilder, names: Sequence[str]) -> Sequence[str]:
             x = names[0] if by_sample else g.op("Reshape", names[0], g.const([-1, *slot.saved.shape]), hint="x")
-            encoded = slot.codec.emit_encode(g, x, slot.saved, dict(zip(letters, names[1:], strict=True)))
-            return [*encoded.stored, *([encoded.energy] if encoded.energy else [])]
+            encoded = codec.emit_encode(g, x, slot.saved, dict(zip(letters, names[1:], strict=True)))
+            return [*encoded.stored, *([encoded.energy] if encoded.energy else []), *encoded.carried.values()]
 
-        order = "last" if slot.saved.channels_last else f"g{slot.saved.groups}"
-        source = "" if by_sample else f"_from_{_dims(self.graph.shapes[slot.tensor])}".replace("-", "k")
-        label = f"{slot.codec.name.capitalize()}Encode_{_dims(slot.saved.shape)}_{order}{source}"
-        inputs = [slot.tensor, *(name for _, name in slot.bases)]
-        made = self.library.call(self.g, label, inputs, ["factor", "core", "energy"], body)
-        bases = {letter: name for letter, name in slot.bases if letter != "b"}
-        self.kept_names.extend(made[:-1])
-        return Slot(slot.tensor, slot.layers, slot.codec, slot.saved, slot.bases, Encoded(made[:-1], bases, made[-1]))
+        if codec.name == Dense.name and by_sample:
+            return Encoded((slot.tensor,), {}, None)
+        hints = [tensor.name for tensor in codec.stored(slot.saved)]
+        energy = ["energy"] if codec.lossy else []
+        moving = [mode for mode, _ in option.inputs if mode.source is Source.CARRIED]
+        inputs = [slot.tensor, *(name for _, name in option.inputs)]
+        label = _function_name("Encode", codec, slot, self.graph)
+        next_hints = [f"next_{mode.letter}" for mode in moving]
+        made = self.library.call(self.g, label, inputs, [*hints, *energy, *next_hints], body)
+        bases = {mode.letter: name for mode, name in option.inputs if mode.source is Source.BASIS}
+        stored, rest = made[: len(hints)], made[len(hints) :]
+        carried = dict(zip((mode.letter for mode in moving), rest[len(energy) :], strict=True))
+        names = {mode.letter: name for mode, name in option.inputs}
+        self.carried |= {names[letter]: made for letter, made in carried.items()}
+        self.kept_names.extend(stored)
+        return Encoded(stored, bases, rest[0] if energy else None, carried)
 
     def _pack(self, tensor: str, interval: Interval) -> str:
         shape = self.graph.per_sample(tensor)
@@ -255,6 +233,14 @@ def _dims(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
+def _function_name(verb: str, codec: Codec, slot: Slot, graph: ForwardGraph) -> str:
+    """Return a name that tells apart all that an encoder or a decoder depends on."""
+    saved, shape = slot.saved, graph.shapes[slot.tensor]
+    order = "last" if saved.channels_last else f"g{saved.groups}"
+    source = "" if shape == (0, *saved.shape) else f"_from_{_dims(shape)}".replace("-", "k")
+    return f"{identifier(codec).capitalize()}{verb}_{_dims(saved.shape)}_{order}{source}"
+
+
 def emit_gradients(
     g: GraphBuilder,
     library: FunctionLibrary,
@@ -263,14 +249,17 @@ def emit_gradients(
     parameters: Sequence[str],
     targets: str,
     loss: Loss | None,
+    values: Sequence[Codec] = (),
 ) -> Gradients:
     """Emit forward pass, loss and backward pass of ``graph`` into ``g``.
 
     Args:
         graph: the tail; its inputs are features, ``parameters`` are names in ``graph.shapes`` that it reads.
-        layers: per name of a trained Conv/Gemm/MatMul node, its layer and the codec of its input.
+        layers: per name of a trained Conv/Gemm/MatMul node, its layer and the codecs for its input.
         targets: name of the graph input that the first output is compared with.
         loss: how; None where the graph makes its loss itself (``graph.loss``).
+        values: the codecs for tensors whose values a rule wants (smooth nonlinearities, attention, normalisations);
+            without any those are kept exactly, and a lossy codec never touches a gradient but that of one weight.
 
     Raises:
         UnsupportedOperatorError: an operator between a parameter and the loss has no rule.
@@ -281,7 +270,7 @@ def emit_gradients(
     active = set(parameters)
     wrt: dict[str, frozenset[int]] = {}
     rules: dict[str, Rule] = {}
-    reverser = _Reverser(g, library, graph, layers)
+    reverser = _Reverser(g, library, graph, layers, values)
     for node in graph.nodes:
         differentiable = frozenset(i for i, name in enumerate(node.inputs) if name in active)
         if not differentiable:
@@ -324,7 +313,15 @@ def emit_gradients(
     if missing:
         raise ExportError(f"{choices(missing)}: trained, but no gradient reaches it; choose other layers")
     memory = reverser.memory
-    slots = [*memory.compressed.values(), *memory.uncompressed.values()]
     kept = sorted(memory.dense - set(graph.inputs)) + reverser.kept_names
     ends = tuple(name for name in (emitted.loss, emitted.gradient, emitted.correct) if name is not None)
-    return Gradients(emitted.loss, emitted.correct, {name: gradients[name] for name in parameters}, slots, kept, ends)
+    return Gradients(
+        loss=emitted.loss,
+        correct=emitted.correct,
+        parameters={name: gradients[name] for name in parameters},
+        slots=list(memory.slots.values()),
+        kept=kept,
+        forward_ends=ends,
+        energies=reverser.energies,
+        carried=reverser.carried,
+    )

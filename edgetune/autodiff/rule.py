@@ -22,7 +22,8 @@ FLOATS = (1, 10, 11, 16)  # onnx.TensorProto: the element types FLOAT, FLOAT16, 
 class Want:
     """A tensor that a rule needs in the backward pass, and for what.
 
-    ``groups`` and ``channels_last`` matter to WEIGHT_GRAD (see ``codecs.base.Saved``), ``interval`` to SIGN.
+    ``groups`` and ``channels_last`` matter to WEIGHT_GRAD (see ``codecs.base.Saved``), ``interval`` to SIGN. ``lossy``
+    matters to VALUE: a codec may answer wherever layers' inputs are compressed, not only where everything is.
     """
 
     tensor: str
@@ -30,15 +31,28 @@ class Want:
     groups: int = 1
     interval: Interval = POSITIVE
     channels_last: bool = False
+    lossy: bool = False
 
 
 @dataclass(frozen=True)
 class Stored:
-    """What was kept of a tensor for a weight gradient."""
+    """What one codec kept of a tensor."""
 
     codec: Codec
     saved: Saved
     encoded: Encoded
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What was kept of a tensor for a weight gradient: by one codec, or by several of which a plan chooses one.
+
+    ``name`` is that of the saved tensor.
+    """
+
+    name: str
+    saved: Saved
+    options: tuple[Stored, ...]
 
 
 class Context(Protocol):
@@ -53,8 +67,11 @@ class Context(Protocol):
     def mask(self, tensor: str, interval: Interval) -> str:
         """Return a boolean mask of the elements of ``tensor`` inside ``interval``; it was wanted with Use.SIGN."""
 
-    def stored(self, tensor: str, groups: int = 1, channels_last: bool = False) -> Stored:
+    def stored(self, tensor: str, groups: int = 1, channels_last: bool = False) -> Kept:
         """Return what was kept of ``tensor``; it was wanted with Use.WEIGHT_GRAD and the same arguments."""
+
+    def choose(self, kept: str, results: Sequence[str], hint: str) -> str:
+        """Return one of ``results``, which belong to the options of the saved tensor ``kept``; a plan decides which."""
 
     def kept(self, node: Node) -> tuple[str, ...]:
         """Return what the rule's own ``forward`` kept of ``node``."""

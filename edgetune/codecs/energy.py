@@ -1,4 +1,4 @@
-"""The captured energy ‖decoded‖²/‖X‖² of an orthogonal projection, as nodes. Knows the emitter protocol."""
+"""The captured energy of an orthogonal projection, ‖decoded‖²/‖X‖², as nodes. Knows the emitter protocol."""
 
 from __future__ import annotations
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from edgetune.codecs.base import Array, Emitter, Encoded, Saved
+from edgetune.codecs.base import Array, Emitter, Encoded, Mode, Saved, Source, StoredTensor, check_finite
 from edgetune.codecs.energy import emit_captured_energy
 from edgetune.codecs.subspace import emit_top_subspace, top_subspace
 from edgetune.codecs.tucker import emit_along, emit_expand_positions, emit_matrix, emit_project_positions
 
 
+@dataclass(frozen=True)
 class Hosvd:
     """Stores the core and the batch factor U¹ [b, r1]; the other factors are resident bases.
 
@@ -29,35 +31,54 @@ class Hosvd:
     name = "hosvd"
     lossy = True
 
-    def letters(self, saved: Saved) -> tuple[str, ...]:
-        """b, and every other mode longer than one."""
-        return ("b", *(letter for letter, extent in saved.extents().items() if extent > 1))
+    def applies(self, saved: Saved) -> bool:
+        """To every tensor."""
+        return True
 
-    def encode(self, x: Array, saved: Saved, bases: Mapping[str, Array]) -> dict[str, Array]:
+    def modes(self, saved: Saved) -> tuple[Mode, ...]:
+        """b, and every other mode longer than one."""
+        others = (
+            Mode(letter, Source.BASIS, size, saved.groups if letter == "c" else 1, letter)
+            for letter, size in saved.extents().items()
+            if size > 1
+        )
+        return (Mode("b", Source.SKETCH, None, 1, "b"), *others)
+
+    def stored(self, saved: Saved) -> tuple[StoredTensor, ...]:
+        """The factor of the batch mode, and the core."""
+        kept = {letter: letter if size > 1 else size for letter, size in saved.extents().items()}
+        order = [kept[letter] for letter in kept]
+        core = (*order[:-1], "b", order[-1])
+        return StoredTensor("factor", ("batch", "b")), StoredTensor(
+            "core", core if saved.rows else (saved.groups, *core)
+        )
+
+    def encode(self, x: Array, saved: Saved, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return ``factor`` [b, r1] and ``core``."""
+        check_finite(x, saved)
         whole = x if saved.rows else x.reshape(len(x), saved.groups, -1, *saved.positions)
-        projected = _multiply(whole, saved, bases, back=False)
+        projected = _multiply(whole, saved, inputs, back=False)
         flat = projected.reshape(len(x), -1)
-        factor = top_subspace(flat @ flat.T, bases["b"])
+        factor = top_subspace(flat @ flat.T, inputs["b"])
         return {"factor": factor, "core": np.moveaxis(np.tensordot(factor.T, projected, axes=1), 0, -2)}
 
-    def decode(self, stored: Mapping[str, Array], saved: Saved, bases: Mapping[str, Array]) -> Array:
+    def decode(self, stored: Mapping[str, Array], saved: Saved, inputs: Mapping[str, Array]) -> Array:
         """Return S ×₁U¹ ×₂U² ×₃U³ ... (eq. 18)."""
-        expanded = _multiply(np.moveaxis(stored["core"], -2, 0), saved, bases, back=True)
+        expanded = _multiply(np.moveaxis(stored["core"], -2, 0), saved, inputs, back=True)
         return np.asarray(np.tensordot(stored["factor"], expanded, axes=1).reshape(-1, *saved.shape))
 
-    def emit_encode(self, g: Emitter, x: str, saved: Saved, bases: Mapping[str, str]) -> Encoded:
+    def emit_encode(self, g: Emitter, x: str, saved: Saved, inputs: Mapping[str, str]) -> Encoded:
         """Emit the projections of c and the positions (each a product with no transposed copy), then b."""
-        projected = (_emit_project_rows if saved.rows else _emit_project_planes)(g, x, saved, bases)
+        projected = (_emit_project_rows if saved.rows else _emit_project_planes)(g, x, saved, inputs)
         axes = len(saved.shape) + (1 if saved.rows else 2)
         flat = g.op("Flatten", projected, axis=1, hint="flat")
-        factor = emit_top_subspace(g, g.op("Gemm", flat, flat, transB=1, hint="gram"), bases["b"])
+        factor = emit_top_subspace(g, g.op("Gemm", flat, flat, transB=1, hint="gram"), inputs["b"])
         transposed = g.op("Transpose", factor, perm=[1, 0], hint="factor_t")
         if axes > 2:
             projected = g.op("Transpose", projected, perm=[*range(1, axes - 1), 0, axes - 1], hint="batch_inside")
         core = g.op("MatMul", transposed, projected, hint="core")
         energy = emit_captured_energy(g, core, axes, x, 1 + len(saved.shape))
-        return Encoded((factor, core), {k: v for k, v in bases.items() if k != "b"}, energy)
+        return Encoded((factor, core), {k: v for k, v in inputs.items() if k != "b"}, energy)
 
     def emit_decode(self, g: Emitter, encoded: Encoded, saved: Saved) -> str:
         """Emit eq. 18."""

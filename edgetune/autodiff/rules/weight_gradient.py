@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from edgetune.autodiff.builder import GraphBuilder
-from edgetune.autodiff.rule import Context, Stored
+from edgetune.autodiff.rule import Context, Kept, Stored
+from edgetune.codecs import identifier
 from edgetune.codecs.base import Encoded
 
 WeightGradient = Callable[[GraphBuilder, Stored, str], str]
 """(builder, what was kept, dY) -> dW"""
 
 
-def emit_weight_gradient(ctx: Context, stored: Stored, dy: str, label: str, rule: WeightGradient) -> str:
-    """Emit dW as a call of one model-local function ``<label>``, whose body ``rule`` emits.
+def emit_weight_gradient(ctx: Context, kept: Kept, dy: str, label: str, rule: WeightGradient) -> str:
+    """Emit dW as a call of one model-local function ``<label>`` per codec that a plan may choose.
 
-    ``label`` must tell apart all that ``rule`` depends on beyond the codec and its modes, which are added here.
+    ``rule`` emits the body. ``label`` must tell apart all that it depends on beyond the codec and its modes, which are
+    added here.
     """
+    return ctx.choose(kept.name, [_emit(ctx, stored, dy, label, rule) for stored in kept.options], "dw")
+
+
+def _emit(ctx: Context, stored: Stored, dy: str, label: str, rule: WeightGradient) -> str:
     encoded = stored.encoded
     letters = list(encoded.bases)
 
@@ -26,7 +32,7 @@ def emit_weight_gradient(ctx: Context, stored: Stored, dy: str, label: str, rule
         return rule(g, Stored(stored.codec, stored.saved, local), names[0])
 
     inputs = [dy, *encoded.stored, *encoded.bases.values()]
-    return ctx.function("_".join([label, stored.codec.name, *letters]), inputs, "dw", body)
+    return ctx.function("_".join([label, identifier(stored.codec), *letters]), inputs, "dw", body)
 
 
 def emit_batch_rank(g: GraphBuilder, stored: Stored, dy: str) -> str:

@@ -1,0 +1,89 @@
+"""The table of all codecs, and how one is spelled: on the command line, in a manifest, in a label.
+
+hosvd · patch:size=4 · int8:group=128,storage=float16 · hosvd+dct+int8 (a menu)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from edgetune.codecs.base import Codec, config_of
+from edgetune.codecs.dense import Dense
+from edgetune.codecs.hosvd import Hosvd
+from edgetune.codecs.recompute import Recompute
+from edgetune.codecs.svd import Svd
+from edgetune.errors import UsageError, choices
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in (Dense(), Recompute(), Hosvd(), Svd())}
+"""Every codec with its default settings."""
+
+
+def codec_from(name: str, config: Mapping[str, Any]) -> Codec:
+    """Return the codec called ``name`` with the settings ``config`` (those that are absent keep their defaults).
+
+    Raises:
+        UsageError: no such codec, no such setting, or a value that the setting cannot take; the choices are listed.
+    """
+    if name not in CODECS:
+        raise UsageError(f"there is no codec '{name}'; choose one of: {choices(CODECS)}")
+    default: Any = CODECS[name]  # a dataclass, which its protocol cannot say
+    known = {field.name: type(getattr(default, field.name)) for field in dataclasses.fields(default)}
+    for key, value in config.items():
+        if key not in known:
+            settings = choices(known) if known else "none"
+            raise UsageError(f"the codec {name} has no setting '{key}'; it has: {settings}")
+        if type(value) is not known[key]:
+            raise UsageError(f"{key}={value!r} of the codec {name} should be of the type {known[key].__name__}")
+    codec: Codec = dataclasses.replace(default, **config)
+    return codec
+
+
+def codec_named(text: str) -> Codec:
+    """Return the codec that ``text`` spells: ``name`` or ``name:key=value,key=value``.
+
+    Raises:
+        UsageError: as :func:`codec_from`, or it is not of this form.
+    """
+    name, _, settings = text.strip().partition(":")
+    if name not in CODECS:
+        raise UsageError(f"there is no codec '{name}'; choose one of: {choices(CODECS)}")
+    default: Any = CODECS[name]
+    config: dict[str, Any] = {}
+    for part in filter(None, settings.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise UsageError(f"'{part}' in the codec '{text}' is no setting; expected key=value, such as size=4")
+        kind = type(getattr(default, key, ""))
+        try:
+            config[key] = kind(value)
+        except ValueError:
+            raise UsageError(f"{key}={value} of the codec {name} should be of the type {kind.__name__}") from None
+    return codec_from(name, config)
+
+
+def menu_from(text: str) -> tuple[Codec, ...]:
+    """Return the codecs that ``text`` spells, joined by ``+``: from these a plan chooses for every tensor.
+
+    Raises:
+        UsageError: as :func:`codec_named`, or one appears twice.
+    """
+    menu = tuple(codec_named(part) for part in text.split("+"))
+    labels = [label_of(codec) for codec in menu]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise UsageError(f"the codec {twice} appears twice in '{text}'; name each once")
+    return menu
+
+
+def label_of(codec: Codec) -> str:
+    """Return the shortest spelling of ``codec``: its name, and the settings that differ from the defaults."""
+    default = config_of(CODECS[codec.name])
+    settings = ",".join(f"{key}={value}" for key, value in config_of(codec).items() if value != default[key])
+    return f"{codec.name}:{settings}" if settings else codec.name
+
+
+def identifier(codec: Codec) -> str:
+    """Return :func:`label_of` as a part of a function's name: letters, digits and underscores."""
+    return "".join(letter if letter.isalnum() else "_" for letter in label_of(codec).replace("=", ""))
