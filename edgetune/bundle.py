@@ -29,10 +29,10 @@ from typing import Any
 import numpy as np
 from safetensors import safe_open
 
-from edgetune.errors import BundleError
+from edgetune.errors import BundleError, UsageError, choices
 from edgetune.plain import from_plain
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 TRACED = "traced"
 """Kind of a loss that the user gave with the model."""
 MANIFEST = "manifest.json"
@@ -90,6 +90,28 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
+class WireSpec:
+    """One node of a graph with choices: operator, all names that it reads (its subgraphs' included), what it makes."""
+
+    op: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ChoiceSpec:
+    """A place where a plan's choice for the saved tensor ``saved`` decides which tensor ``output`` is.
+
+    ``options`` maps the label of an option to a tensor; to ``""`` where that option has none (a lossless codec has no
+    captured energy): then there is no such output.
+    """
+
+    saved: str
+    output: str
+    options: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class GraphSpec:
     """One graph: its readable file, the same with every function inlined, and what the planner sees of it.
 
@@ -97,6 +119,10 @@ class GraphSpec:
     ``stages``, an engine runs those, one after the other, instead of ``flat_file``. ``in_place`` maps outputs to the
     inputs whose buffers they are written to: such an output depends on its input through element-wise operators alone,
     so by the time it is written nothing is left to read what it replaces.
+
+    Where saved tensors have several options, the files hold the nodes of all of them and can not be run as they are:
+    ``planning.selection`` makes of ``wires`` (one per node), ``choices`` and ``ends`` (the tensors that end the forward
+    pass) the description of the graph that a plan has chosen, lifetimes and stages included.
     """
 
     file: str
@@ -108,6 +134,9 @@ class GraphSpec:
     workspaces: tuple[Workspace, ...] = ()
     stages: tuple[StageSpec, ...] = ()
     in_place: Mapping[str, str] = field(default_factory=dict)
+    wires: tuple[WireSpec, ...] = ()
+    choices: tuple[ChoiceSpec, ...] = ()
+    ends: tuple[str, ...] = ()
 
     def run_stages(self) -> tuple[StageSpec, ...]:
         """Return what an engine runs: the stages, or the whole graph as the only one."""
@@ -116,14 +145,17 @@ class GraphSpec:
 
 @dataclass(frozen=True)
 class ModeSpec:
-    """One truncated mode of a compressed tensor.
+    """One choice that a codec leaves to the run: the rank of a mode, or how many elements are kept.
 
     Attributes:
-        letter: ``b`` | ``c`` | ``z`` | ``h`` | ``w`` (the legend of DESIGN.md).
-        size: extent of the mode (per group for ``c``); None for the batch.
+        letter: ``b`` | ``c`` | ``z`` | ``h`` | ``w`` (the legend of DESIGN.md), ``k`` for a count, ``u`` for noise.
+        size: extent of the mode (per group for ``c``); None for the batch. Of a count: the elements of one sample.
         groups: number of independent factors (the groups of a convolution); 1 otherwise.
-        rank: symbol of its rank, such as ``rank.layer4.1.conv1.c``.
-        input: the graph input that carries its basis ([groups, size, rank]) or, for ``b``, its sketch ([batch, rank]).
+        rank: symbol of its rank or count, such as ``rank.layer4.1.conv1.c``; empty for noise.
+        input: the graph input that brings it.
+        source: where that is from, and its shape: ``basis`` | ``sketch`` | ``carried`` | ``count`` | ``noise``, as in
+            ``codecs.base.Source``.
+        spectrum: the key under which calibration files what it learns of the mode; empty for noise.
     """
 
     letter: str
@@ -131,27 +163,61 @@ class ModeSpec:
     groups: int
     rank: str
     input: str
+    source: str = "basis"
+    spectrum: str = ""
+
+
+@dataclass(frozen=True)
+class OptionSpec:
+    """One codec that may keep a saved tensor. ``stored`` are tensors of the train graph; ``label`` is the codec's
+    shortest spelling."""
+
+    label: str
+    codec: str
+    config: Mapping[str, Any]
+    lossy: bool
+    modes: tuple[ModeSpec, ...] = ()
+    stored: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class SavedSpec:
-    """One tensor that the forward pass keeps for a weight gradient, and how.
+    """One tensor that the forward pass keeps through a codec, and the codecs from which a plan chooses.
 
-    ``name`` is that of the first layer that reads it; ``shape`` excludes the batch; its channels are the first axis, or
-    the last for a linear layer (``channels_last``). ``energy`` is the graph output with its captured energy
-    ‖decoded‖²/‖X‖² (None for a lossless codec).
+    ``name`` is that of the first layer that reads it (of the tensor itself where it is kept for its value, not for
+    weight gradients); ``shape`` excludes the batch; its channels are the first axis, or the last for a linear layer
+    (``channels_last``). ``energy`` is the graph output with its captured energy (None where no option loses anything).
     """
 
     name: str
     layers: tuple[str, ...]
-    codec: str
-    config: Mapping[str, Any]
+    options: tuple[OptionSpec, ...]
     shape: tuple[int, ...]
     groups: int = 1
-    modes: tuple[ModeSpec, ...] = ()
     energy: str | None = None
-    stored: tuple[str, ...] = ()
     channels_last: bool = False
+
+    @property
+    def modes(self) -> tuple[ModeSpec, ...]:
+        """The modes of all options, each graph input once."""
+        return tuple({mode.input: mode for option in self.options for mode in option.modes}.values())
+
+    @property
+    def lossy(self) -> bool:
+        """Whether some option loses something."""
+        return any(option.lossy for option in self.options)
+
+    def option(self, label: str) -> OptionSpec:
+        """Return the option ``label``.
+
+        Raises:
+            UsageError: there is none; the message lists those that there are.
+        """
+        for option in self.options:
+            if option.label == label:
+                return option
+        known = choices(option.label for option in self.options)
+        raise UsageError(f"'{self.name}' cannot be kept as '{label}' in this bundle; choose one of: {known}")
 
 
 @dataclass(frozen=True)

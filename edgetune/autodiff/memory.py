@@ -50,6 +50,12 @@ class Slot:
     options: tuple[Option, ...]
 
     @property
+    def only(self) -> Option:
+        """The option of a slot that has one."""
+        (option,) = self.options
+        return option
+
+    @property
     def lossy(self) -> bool:
         """Whether some option loses something."""
         return any(option.codec.lossy for option in self.options)

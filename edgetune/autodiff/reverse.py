@@ -41,7 +41,8 @@ CHOOSE = "Choose"
 class Gradients:
     """What reverse mode emitted: graph inputs beyond the forward graph's own, and the outputs.
 
-    ``energies`` are emitted names by the name of the slot; ``carried`` by that of the graph input whose next value it is.
+    ``energies`` are emitted names by the name of the slot; ``carried`` by that of the graph input
+    whose next value it is.
     """
 
     loss: str

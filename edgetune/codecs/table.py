@@ -55,7 +55,7 @@ def codec_named(text: str) -> Codec:
         key, equals, value = part.partition("=")
         if not equals:
             raise UsageError(f"'{part}' in the codec '{text}' is no setting; expected key=value, such as size=4")
-        kind = type(getattr(default, key, ""))
+        kind: Any = type(getattr(default, key, ""))
         try:
             config[key] = kind(value)
         except ValueError:

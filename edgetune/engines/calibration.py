@@ -31,8 +31,9 @@ def calibrate(session: Measures, manifest: Manifest, batches: Iterable[tuple[Arr
     Raises:
         DataError: a Gram matrix is not finite.
     """
-    letters = {(spec.name, mode.letter) for spec in manifest.saved for mode in spec.modes}
-    if not letters:
+    known_modes = {(spec.name, mode.spectrum): mode for spec in manifest.saved for mode in spec.modes if mode.spectrum}
+    resident = {(spec.name, mode.spectrum) for spec in manifest.saved for mode in spec.modes if mode.source == "basis"}
+    if not known_modes:
         return None
     sums: dict[tuple[str, str], Array] = {}
     eigenvalues: dict[tuple[str, str], Array] = {}
@@ -42,7 +43,7 @@ def calibrate(session: Measures, manifest: Manifest, batches: Iterable[tuple[Arr
         batch = max(batch, len(features[0]))
         for name, modes in session.grams(features).items():
             for letter, gram in modes.items():
-                if letter == "b":
+                if known_modes[name, letter].size is None:
                     values = spectrum_of(gram, with_basis=False).eigenvalues
                     eigenvalues[name, letter] = _add(eigenvalues.get((name, letter)), values)
                 else:
@@ -53,7 +54,7 @@ def calibrate(session: Measures, manifest: Manifest, batches: Iterable[tuple[Arr
         return None
     spectra: dict[str, dict[str, Spectrum]] = {}
     for (name, letter), gram in sums.items():
-        spectra.setdefault(name, {})[letter] = spectrum_of(gram)
+        spectra.setdefault(name, {})[letter] = spectrum_of(gram, with_basis=(name, letter) in resident)
     for (name, letter), values in eigenvalues.items():
         spectra.setdefault(name, {})[letter] = Spectrum(values, None)
     return Calibration(spectra, samples=samples, batch=batch)

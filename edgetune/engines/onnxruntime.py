@@ -16,8 +16,13 @@ import numpy as np
 
 from edgetune.bundle import Array, Bundle, GraphSpec
 from edgetune.engines import heap
-from edgetune.engines.runtime import Handle, check_feeds, graph_spec
+from edgetune.engines.assembly import Port, assemble
+from edgetune.engines.runtime import Handle, check_feeds, chosen_graph
 from edgetune.errors import EngineError
+from edgetune.planning.selection import Chosen
+
+# Where constants lie that a model given as bytes points to (onnxruntime_session_options_config_keys.h).
+_WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def import_onnxruntime() -> Any:
@@ -62,8 +67,19 @@ class OnnxRuntime:
         self._device = "cuda" if len(self._providers) > 1 else "cpu"
         self._threads = threads or len(os.sched_getaffinity(0))
         self._sessions: dict[tuple[str, int], Any] = {}
+        self._selection: dict[str, str] = {}
+        self._chosen: dict[str, Chosen] = {}
         if self._device == "cpu":
             heap.return_memory_to_the_system()
+
+    def choose(self, selection: Mapping[str, str]) -> None:
+        """Take these options where saved tensors have several."""
+        if selection == self._selection:
+            return
+        self._selection = dict(selection)
+        for graph in [name for name, chosen in self._chosen.items() if chosen.renamed]:
+            del self._chosen[graph]
+            self._sessions = {key: session for key, session in self._sessions.items() if key[0] != graph}
 
     def load(self, graph: str) -> None:
         """Load every stage of ``graph``."""
@@ -135,7 +151,27 @@ class OnnxRuntime:
         check_order(graph, self._spec(graph).nodes, events)
 
     def _spec(self, graph: str) -> GraphSpec:
-        return graph_spec(self._bundle, graph)
+        if graph not in self._chosen:
+            self._chosen[graph] = chosen_graph(self._bundle, graph, self._selection)
+        return self._chosen[graph].spec
+
+    def _model(self, graph: str, stage: int) -> str | bytes:
+        """Return the file that holds one stage of ``graph``; where a plan chose from it, what remains of it."""
+        spec = self._spec(graph)
+        if not spec.wires:
+            return str(self._bundle.path / spec.run_stages()[stage].file)
+        chosen, stages = self._chosen[graph], spec.run_stages()
+        begin = stages[stage - 1].end if stage else 0
+        wires = spec.wires[begin : stages[stage].end]
+        uses = {use.name: use for use in spec.tensors}
+        read = {name for wire in wires for name in wire.inputs}
+        ports = [
+            [Port(name, uses[name].dtype, uses[name].shape) for name in names]
+            for names in (stages[stage].inputs, stages[stage].outputs)
+        ]
+        constants = {name for name in read if uses[name].kind == "constant"}
+        whole = (self._bundle.path / spec.flat_file).read_bytes()
+        return assemble(whole, chosen.kept[begin : stages[stage].end], chosen.renamed, ports[0], ports[1], constants)
 
     def _session(self, graph: str, stage: int, profile: Path | None = None) -> Any:
         if (graph, stage) not in self._sessions or profile is not None:
@@ -143,11 +179,14 @@ class OnnxRuntime:
             if profile is not None:
                 options.enable_profiling = True
                 options.profile_file_prefix = str(profile)
-            path = str(self._bundle.path / self._spec(graph).run_stages()[stage].file)
+            model = self._model(graph, stage)
+            if isinstance(model, bytes):
+                options.add_session_config_entry(_WEIGHTS_FOLDER, str(self._bundle.path.resolve()))
             try:
-                session = self._ort.InferenceSession(path, options, providers=self._providers)
+                session = self._ort.InferenceSession(model, options, providers=self._providers)
             except Exception as error:
-                raise EngineError(f"onnxruntime {self._ort.__version__} cannot load {path}: {error}") from error
+                name = f"graph '{graph}' of {self._bundle.path}"
+                raise EngineError(f"onnxruntime {self._ort.__version__} cannot load {name}: {error}") from error
             self._sessions[graph, stage] = session
         return self._sessions[graph, stage]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from edgetune.bundle import Array, Bundle, GraphSpec
+from edgetune.bundle import Array, Bundle
 from edgetune.errors import EngineError, choices
+from edgetune.planning.selection import Chosen, choose, settle
 
 Handle = Any  # a tensor where the runtime wants it: an OrtValue, a torch tensor
 
@@ -21,6 +22,9 @@ class Runtime(Protocol):
     """
 
     name: str
+
+    def choose(self, selection: Mapping[str, str]) -> None:
+        """Take these options where saved tensors have several; what was loaded under other ones is forgotten."""
 
     def load(self, graph: str) -> None:
         """Load ``graph`` now rather than at its first run."""
@@ -52,16 +56,19 @@ class Runtime(Protocol):
         """
 
 
-def graph_spec(bundle: Bundle, graph: str) -> GraphSpec:
-    """Return the description of ``graph``.
+def chosen_graph(bundle: Bundle, graph: str, selection: Mapping[str, str]) -> Chosen:
+    """Return what remains of ``graph`` under ``selection``.
 
     Raises:
         EngineError: the bundle has no such graph.
+        UsageError: the graph has choices that the selection does not make.
     """
     graphs = bundle.manifest.graphs
     if graph not in graphs:
         raise EngineError(f"the bundle has no graph '{graph}'; it has: {choices(graphs)}")
-    return graphs[graph]
+    if not graphs[graph].choices:
+        return choose(graphs[graph], (), {})
+    return choose(graphs[graph], settle(bundle.manifest, selection).saved, selection)
 
 
 def check_feeds(graph: str, inputs: Iterable[str], feeds: Mapping[str, Handle]) -> None:

@@ -15,9 +15,11 @@ import numpy as np
 
 from edgetune.bundle import TRACED, Array, Bundle
 from edgetune.engines.choice import make_runtime
+from edgetune.engines.codec_inputs import NEXT, CodecInputs
 from edgetune.engines.runtime import Handle
 from edgetune.errors import DataError, EngineError, UsageError, choices
 from edgetune.planning.plan import Plan
+from edgetune.planning.selection import default_selection, settle
 
 Inputs: TypeAlias = "Array | Mapping[str, Array]"
 """An array [b, ...] for a model with one input, or arrays by the names of the inputs."""
@@ -67,6 +69,7 @@ class TrainingSession:
         """
         self.bundle = bundle
         self._manifest = bundle.manifest
+        self._codec_inputs: CodecInputs | None = None
         self._runtime = make_runtime(bundle, engine)
         self._seed = seed
         self.hyper = dict(self._manifest.optimizer.scalars)
@@ -101,47 +104,30 @@ class TrainingSession:
         return self._plan
 
     def set_plan(self, plan: Plan) -> None:
-        """Put ``plan`` into force: ranks and bases change with the next step; no graph is loaded anew.
+        """Put ``plan`` into force with the next step: new ranks and bases; the train graph is loaded anew only where it
+        chooses other codecs.
 
         Raises:
             EngineError: the plan is of another codec, or has no bases for a compressed tensor.
+            UsageError: it chooses a codec that the bundle does not offer.
         """
-        if plan.codec != self._manifest.codec:
+        if plan.codec != self.bundle.manifest.codec:
             raise EngineError(
-                f"the plan is for codec '{plan.codec}', the bundle was exported with '{self._manifest.codec}'"
+                f"the plan is for codec '{plan.codec}', the bundle was exported with '{self.bundle.manifest.codec}'"
             )
+        selection = default_selection(self.bundle.manifest) | dict(plan.selection)
+        self._manifest = settle(self.bundle.manifest, selection)
+        self._runtime.choose(selection)
         self._plan = plan
-        self._bases: dict[str, Handle] = {}
-        self._sketches: dict[str, tuple[str, int]] = {}
-        for saved in self._manifest.saved:
-            for mode in saved.modes:
-                rank = plan.ranks[saved.name][mode.letter]
-                if mode.size is None:
-                    self._sketches[mode.input] = saved.name, rank
-                    continue
-                spectrum = plan.calibration.spectra[saved.name][mode.letter] if plan.calibration else None
-                if spectrum is None or spectrum.basis is None:
-                    raise EngineError(
-                        f"the plan has no basis for '{saved.name}', mode {mode.letter}: plan it with calibration data"
-                    )
-                self._bases[mode.input] = self._runtime.put(np.ascontiguousarray(spectrum.basis[:, :, :rank]))
+        self._codec_inputs = CodecInputs(self._manifest, plan, self._runtime, self._seed, self._carried())
 
-    def _basis_feeds(self, samples: int) -> dict[str, Handle]:
-        """Return bases and sketches for a batch of ``samples``.
-
-        Every step draws its own sketch: an unlucky one costs energy in one step, not in all. It follows from the seed
-        and the step alone, so a resumed session draws the same.
-        """
-        sketches = {}
-        for input_name, (saved, rank) in self._sketches.items():
-            rng = np.random.default_rng([self._seed, self._step, *saved.encode()])
-            sketches[input_name] = rng.standard_normal((samples, min(rank, samples)), dtype=np.float32)
-        return self._bases | {name: self._runtime.put(sketch) for name, sketch in sketches.items()}
+    def _carried(self) -> dict[str, Array]:
+        return self._codec_inputs.carried() if self._codec_inputs is not None else {}
 
     def _verify(self) -> None:
         specs = [*self._manifest.features, self._manifest.targets]
         feeds = {spec.name: self._runtime.put(np.zeros((1, *spec.shape), spec.dtype)) for spec in specs}
-        self._runtime.verify_order("train", feeds | self._state_feeds() | self._basis_feeds(1))
+        self._runtime.verify_order("train", feeds | self._state_feeds() | self._run_time_inputs(1))
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -175,7 +161,7 @@ class TrainingSession:
 
     def gradients(self, x: Inputs, y: Array) -> tuple[float, dict[str, Array]]:
         """Return the loss and its gradient per trained tensor, under the model's own names; nothing is updated."""
-        scalars, gradients, _ = self._train(list(self.features(x)), y)
+        scalars, gradients, _, _ = self._train(list(self.features(x)), y)
         names = [spec.name for spec in self._manifest.parameters]
         return scalars["loss"], {n: np.array(self._runtime.get(gradients[f"gradient/{n}"])) for n in names}
 
@@ -195,7 +181,7 @@ class TrainingSession:
 
     def _step_features(self, features: Sequence[Array], y: Array, seconds: dict[str, float]) -> float:
         begin = time.perf_counter()
-        scalars, gradients, buffers = self._train(features, y)
+        scalars, gradients, buffers, carried = self._train(features, y)
         loss = scalars["loss"]
         energy = {s.name: scalars[s.energy] for s in self._manifest.saved if s.energy is not None}
         seconds["train"] = time.perf_counter() - begin
@@ -204,6 +190,8 @@ class TrainingSession:
         norm = self._update(gradients) if finite else math.nan
         if finite:
             self._buffers |= buffers
+            assert self._codec_inputs is not None
+            self._codec_inputs.carry({name: self._runtime.get(value) for name, value in carried.items()})
         seconds["update"] = time.perf_counter() - begin
         gradients.clear()
         self._runtime.settle()
@@ -214,26 +202,31 @@ class TrainingSession:
     def _correct(scalars: Mapping[str, float]) -> int | None:
         return round(scalars["correct"]) if "correct" in scalars else None
 
+    def _run_time_inputs(self, samples: int) -> dict[str, Handle]:
+        assert self._codec_inputs is not None
+        return self._codec_inputs.feeds(self._step, samples)
+
     def _state_feeds(self) -> dict[str, Handle]:
         """Return what a forward pass reads besides the features."""
         return self._parameters | self._buffers
 
     def _train(
         self, features: Sequence[Array], y: Array
-    ) -> tuple[dict[str, float], dict[str, Handle], dict[str, Handle]]:
-        """Run the train graph; return its scalars (loss, correct, energies), the gradients' handles by output name, and
-        the new buffers by name.
+    ) -> tuple[dict[str, float], dict[str, Handle], dict[str, Handle], dict[str, Handle]]:
+        """Run the train graph; return its scalars (loss, correct, energies), the gradients' handles by output name, the
+        new buffers by name, and by input name what codecs carry to the next step.
 
         Scalars are read at once: a handle may keep all that was bound in the same run.
         """
         y = self._checked_targets(features, y)
         feeds = {f.name: self._runtime.put(v) for f, v in zip(self._manifest.features, features, strict=True)}
         feeds[self._manifest.targets.name] = self._runtime.put(y)
-        feeds |= self._state_feeds() | self._basis_feeds(len(y))
+        feeds |= self._state_feeds() | self._run_time_inputs(len(y))
         graph = self._manifest.graphs["train"]
         scalars: dict[str, float] = {}
         gradients: dict[str, Handle] = {}
         buffers: dict[str, Handle] = {}
+        carried: dict[str, Handle] = {}
         for index, stage in enumerate(graph.run_stages()):
             if index:
                 for spec in self._manifest.features:
@@ -246,10 +239,12 @@ class TrainingSession:
                     gradients[name] = made[name]
                 elif name in made and name.startswith("new/"):
                     buffers[name.removeprefix("new/")] = made[name]
+                elif name in made and name.startswith(NEXT):
+                    carried[name.removeprefix(NEXT)] = made[name]
                 elif name in made:
                     scalars[name] = float(self._runtime.get(made[name]))
             feeds |= made
-        return scalars, gradients, buffers
+        return scalars, gradients, buffers, carried
 
     def _update(self, gradients: Mapping[str, Handle]) -> float:
         """Run update.onnx; every new value is written over the old one, which nothing reads any more by then."""
@@ -287,7 +282,10 @@ class TrainingSession:
 
     def grams(self, features: Sequence[Array]) -> dict[str, dict[str, Array]]:
         """Return the Gram matrix [groups, n, n] of every mode of every compressed tensor; empty if there is none."""
-        result: dict[str, dict[str, Array]] = {s.name: {} for s in self._manifest.saved if s.modes}
+        manifest = self.bundle.manifest  # whatever the plan chose: every codec of the menu is calibrated
+        result: dict[str, dict[str, Array]] = {
+            s.name: {} for s in manifest.saved if any(mode.spectrum for mode in s.modes)
+        }
         if result:
             feeds = {f.name: self._runtime.put(v) for f, v in zip(self._manifest.features, features, strict=True)}
             outputs = self._manifest.graphs["calibrate"].outputs
@@ -306,7 +304,8 @@ class TrainingSession:
         """Return copies of all that a later session needs to continue bit for bit."""
         slots = {f"optimizer/{name}": np.array(self._runtime.get(handle)) for name, handle in self._slots.items()}
         buffers = {f"buffer/{name}": np.array(self._runtime.get(handle)) for name, handle in self._buffers.items()}
-        return self.parameters() | slots | buffers | {"step": np.array(self._step, np.int64)}
+        carried = {f"carried/{name}": value for name, value in self._carried().items()}
+        return self.parameters() | slots | buffers | carried | {"step": np.array(self._step, np.int64)}
 
     def load_state(self, state: Mapping[str, Array]) -> None:
         """Continue from ``state``.
@@ -325,6 +324,9 @@ class TrainingSession:
             raise EngineError("the state does not fit this bundle: it has no 'step'")
         for name, (table, key) in places.items():
             table[key] = self._runtime.put(np.array(state[name], np.float32))
+        assert self._codec_inputs is not None
+        prefix = "carried/"
+        self._codec_inputs.carry({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
         self._step = int(state["step"])
 
     # -- checks ---------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 
 from edgetune.bundle import Array, Bundle, GraphSpec
 from edgetune.engines import heap
-from edgetune.engines.runtime import Handle, check_feeds, graph_spec
+from edgetune.engines.runtime import Handle, check_feeds, chosen_graph
 from edgetune.errors import EngineError, choices
 
 try:
@@ -74,9 +74,17 @@ class TorchRuntime:
         self._native = native
         self._weights = Weights(bundle.path, bundle.manifest.files, self._device, double=double)
         self._programs: dict[str, tuple[Program, ...]] = {}
+        self._selection: dict[str, str] = {}
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
         if name == "cpu":
             heap.return_memory_to_the_system()
+
+    def choose(self, selection: Mapping[str, str]) -> None:
+        """Take these options where saved tensors have several."""
+        if selection != self._selection:
+            self._selection = dict(selection)
+            graphs = self._bundle.manifest.graphs
+            self._programs = {name: made for name, made in self._programs.items() if not graphs[name].choices}
 
     def load(self, graph: str) -> None:
         """Compile every stage of ``graph``.
@@ -88,6 +96,8 @@ class TorchRuntime:
             return
         spec = self._spec(graph)
         model = onnx.load_model(str(self._bundle.path / spec.file), load_external_data=False)
+        if self._bundle.manifest.graphs[graph].choices:
+            _take(model, self._selection, spec.outputs)
         with torch.inference_mode():
             stages = self._stages(model, spec, native=self._native)
             if stages is None:  # a native kernel stands on both sides of the boundary between two stages
@@ -166,4 +176,31 @@ class TorchRuntime:
         self.load(graph)
 
     def _spec(self, graph: str) -> GraphSpec:
-        return graph_spec(self._bundle, graph)
+        return chosen_graph(self._bundle, graph, self._selection).spec
+
+
+def _take(model: onnx.ModelProto, selection: Mapping[str, str], outputs: Sequence[str]) -> None:
+    """Make of the readable graph what ``selection`` leaves of it (see ``planning.selection``)."""
+    taken: dict[str, str] = {}
+    for node in model.graph.node:
+        if node.op_type == "Choose":
+            attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+            labels = [label.decode() for label in attributes["options"]]
+            taken[node.output[0]] = node.input[labels.index(selection[attributes["saved"].decode()])]
+    for name in taken:
+        while taken[name] in taken:
+            taken[name] = taken[taken[name]]
+    final = {taken[name]: name for name in outputs if name in taken}
+    nodes = []
+    needed = {taken.get(name, name) for name in outputs}
+    for node in reversed(model.graph.node):
+        if node.op_type != "Choose" and needed.intersection(node.output):
+            node.input[:] = [taken.get(name, name) for name in node.input]
+            needed.update(node.input)
+            nodes.append(node)
+    for node in nodes:
+        node.input[:] = [final.get(name, name) for name in node.input]
+        node.output[:] = [final.get(name, name) for name in node.output]
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in reversed(nodes)]
+    del model.graph.node[:]
+    model.graph.node.extend(kept)

@@ -31,7 +31,7 @@ from edgetune.bundle import (
     TensorSpec,
     write_manifest,
 )
-from edgetune.codecs import codec_named
+from edgetune.codecs import label_of, menu_from
 from edgetune.errors import ExportError, UsageError, choices
 from edgetune.export.canonical import canonicalise, fold_frozen
 from edgetune.export.capture import Captured, capture
@@ -45,6 +45,10 @@ from edgetune.export.writer import TARGETS, GraphWriter
 from edgetune.version import __version__
 
 BATCH_NORMS = ("frozen", "trained")
+COMPRESS = ("layers", "all")
+"""What codecs are used for. ``layers``: the inputs of trained layers, whose error stays in one weight gradient, and of
+trained batch-norm. ``all``: besides, every tensor whose values the backward pass needs (smooth nonlinearities,
+attention, normalisations); that error travels on to earlier layers."""
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,14 @@ class ExportOptions:
 
     ``loss`` is the name of a loss, a source as text (``file.py:factory``), or a torch module
     ``(outputs, targets) -> scalar``; ``target`` tells the shape of the targets of the latter two. ``train``, where it
-    is given, replaces ``last``.
+    is given, replaces ``last``. ``codec`` is one, or a menu (``hosvd+dct+int8``) from which a plan chooses for every
+    tensor; ``compress`` as in :data:`COMPRESS`.
     """
 
     last: int | str = 4
     train: str | None = None
     codec: str = "hosvd"
+    compress: str = "layers"
     loss: Any = "cross_entropy"
     label_smoothing: float = 0.0
     class_weights: tuple[float, ...] = ()
@@ -89,7 +95,9 @@ class ExportOptions:
 
     def check(self) -> None:
         """Raise UsageError if a choice is unknown or out of range."""
-        codec_named(self.codec)
+        menu_from(self.codec)
+        if self.compress not in COMPRESS:
+            raise UsageError(f"what is compressed, '{self.compress}', is unknown; choose one of: {choices(COMPRESS)}")
         optimizer_named(self.optimizer)
         if self.batch_norm not in BATCH_NORMS:
             raise UsageError(f"batch-norm '{self.batch_norm}' is unknown; choose one of: {choices(BATCH_NORMS)}")
@@ -171,9 +179,11 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
     weights.add({k: v for k, v in fixed.items() if belongs_in_file(v) and k not in values and k not in state})
     weights.write(root)
 
+    menu = menu_from(options.codec)
     writer = GraphWriter(
         root, graph, split, weights, selection, {p: v.shape for p, v in values.items()},
-        {b: v.shape for b, v in state.items()}, targets, loss, options.codec, options.optimizer,
+        {b: v.shape for b, v in state.items()}, targets, loss, menu, menu if options.compress == "all" else (),
+        options.optimizer,
     )  # fmt: skip
     graphs, saved = writer.write()
     optimizer = optimizer_named(options.optimizer)
@@ -193,7 +203,7 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
         preprocess=_preprocess(inputs[0].shape, options),
         loss=LossSpec(TRACED) if loss is None else LossSpec(options.loss, _settings(options.loss_config())),
         optimizer=OptimizerSpec(options.optimizer, optimizer.slots, dict(optimizer.scalars)),
-        codec=options.codec,
+        codec="+".join(label_of(codec) for codec in menu),
         layers=tuple(writer.layer_specs()),
         saved=tuple(saved),
         parameters=_parameter_specs(selection, {p: v.shape for p, v in values.items()}),

@@ -17,21 +17,27 @@ from onnx import TensorProto, helper, inliner, numpy_helper
 from safetensors.numpy import save_file
 
 from edgetune.autodiff.builder import DOMAIN, IR_VERSION, OPSET, FunctionLibrary, GraphBuilder
-from edgetune.bundle import WEIGHTS, Array, GraphSpec, StageSpec
+from edgetune.autodiff.reverse import CHOOSE
+from edgetune.bundle import WEIGHTS, Array, ChoiceSpec, GraphSpec, StageSpec
 from edgetune.errors import ExportError
-from edgetune.export.symbolic import element_types, lifetimes, reads, symbolic_shapes
+from edgetune.export.symbolic import element_types, reads, symbolic_shapes, wires_of, workspaces
+from edgetune.planning.lifetimes import boundary_of, lifetimes
 
 _INLINE_BYTES = 256  # smaller constants are part of the graph: shapes, axes, bit masks
 
 
 @dataclass(frozen=True)
 class Value:
-    """A graph input or output: each extent an integer or the name of a symbol. ``kind`` as in ``TensorUse.kind``."""
+    """A graph input or output: each extent an integer or the name of a symbol. ``kind`` as in ``TensorUse.kind``.
+
+    ``count`` is the symbol for what an input holds, where that is a number of elements.
+    """
 
     name: str
     shape: tuple[int | str, ...]
     kind: str
     dtype: int = TensorProto.FLOAT
+    count: str = ""
 
     def info(self) -> onnx.ValueInfoProto:
         """Return the value as ONNX describes it."""
@@ -148,15 +154,40 @@ def write_graph(
     kinds = {v.name: v.kind for v in [*used, *outputs]}
     back = {old: new for new, old in emitted.items()}
     kinds |= {back.get(tensor, tensor): "saved" for tensor in saved if back.get(tensor, tensor) not in kinds}
-    shapes, dtypes = symbolic_shapes(flat), element_types(flat)
-    features = {v.name for v in used if v.kind == "feature"}
-    boundary = _boundary(flat, {back.get(tensor, tensor) for tensor in forward_ends}, features)
+    counts = {v.name: v.count for v in used if v.count}
+    shapes, dtypes = symbolic_shapes(flat, counts), element_types(flat)
+    wires, ends = wires_of(flat), {back.get(tensor, tensor) for tensor in forward_ends}
+    choices = _choices(flat)
+    boundary = None if choices else boundary_of(wires, ends, {v.name for v in used if v.kind == "feature"})
     stages = _write_stages(root, name, flat, boundary, shapes, dtypes) if boundary else ()
-    life = lifetimes(flat, kinds, shapes, dtypes, boundary, in_place)
+    resident = [*(i.name for i in flat.graph.input), *(t.name for t in flat.graph.initializer)]
+    made = [o.name for o in flat.graph.output]
     return GraphSpec(
-        file, flat_file, tuple(v.name for v in used), tuple(v.name for v in outputs), life.nodes, life.tensors,
-        life.workspaces, stages, dict(in_place or {}),
-    )  # fmt: skip
+        file=file,
+        flat_file=flat_file,
+        inputs=tuple(v.name for v in used),
+        outputs=tuple(v.name for v in outputs),
+        nodes=tuple(node.name for node in flat.graph.node),
+        tensors=lifetimes(wires, resident, made, kinds, shapes, dtypes, boundary, in_place),
+        workspaces=tuple(workspaces(flat.graph.node, shapes)),
+        stages=stages,
+        in_place=dict(in_place or {}),
+        wires=wires if choices else (),
+        choices=choices,
+        ends=tuple(sorted(ends)) if choices else (),
+    )
+
+
+def _choices(flat: onnx.ModelProto) -> tuple[ChoiceSpec, ...]:
+    """Return the places where a plan chooses."""
+    found = []
+    for node in flat.graph.node:
+        if node.op_type == CHOOSE:
+            attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+            labels = [label.decode() for label in attributes["options"]]
+            options = dict(zip(labels, node.input, strict=True))
+            found.append(ChoiceSpec(attributes["saved"].decode(), node.output[0], options))
+    return tuple(found)
 
 
 def _save(path: Path, graph: onnx.GraphProto, functions: Sequence[onnx.FunctionProto] = ()) -> onnx.ModelProto:
@@ -167,16 +198,6 @@ def _save(path: Path, graph: onnx.GraphProto, functions: Sequence[onnx.FunctionP
     onnx.save_model(model, path)
     onnx.checker.check_model(str(path))
     return model
-
-
-def _boundary(flat: onnx.ModelProto, forward_ends: set[str], features: set[str]) -> int | None:
-    """Return the index of the first backward node; None where the backward pass reads a feature."""
-    made = [index for index, node in enumerate(flat.graph.node) if forward_ends.intersection(node.output)]
-    if not made:
-        return None
-    boundary = max(made) + 1
-    later = {name for node in flat.graph.node[boundary:] for name in reads(node)}
-    return None if later & features else boundary
 
 
 def _write_stages(

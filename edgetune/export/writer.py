@@ -7,16 +7,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from onnx import helper
+from onnx import TensorProto, helper
 
 from edgetune.autodiff.builder import FunctionLibrary, GraphBuilder
-from edgetune.autodiff.calibrate import emit_grams
+from edgetune.autodiff.calibrate import emit_grams, spectra_of
 from edgetune.autodiff.graph import BATCH, ForwardGraph, Node, prune
 from edgetune.autodiff.losses import Loss
 from edgetune.autodiff.lowering import emit_node
-from edgetune.autodiff.reverse import Slot, TrainedLayer, emit_gradients
-from edgetune.bundle import GraphSpec, LayerSpec, ModeSpec, SavedSpec, TensorSpec
-from edgetune.codecs import Dense, codec_named
+from edgetune.autodiff.memory import Option, Slot, TrainedLayer
+from edgetune.autodiff.reverse import emit_gradients
+from edgetune.bundle import GraphSpec, LayerSpec, ModeSpec, OptionSpec, SavedSpec, TensorSpec
+from edgetune.codecs import Codec, Dense, Mode, Source, label_of
+from edgetune.codecs.base import config_of
 from edgetune.export.emit import Value, WeightFile, write_graph
 from edgetune.export.optimizers import emit_update, optimizer_named
 from edgetune.export.selection import Selection
@@ -31,6 +33,8 @@ class GraphWriter:
     Args:
         parameters: names and shapes of the trained tensors; ``buffers`` of what a step changes besides.
         loss: what is emitted behind the first output; None where the loss is traced.
+        menu: the codecs for the inputs of the trained layers; ``values`` those for all other tensors (none: kept as
+            they are).
     """
 
     def __init__(
@@ -44,12 +48,14 @@ class GraphWriter:
         buffers: Mapping[str, tuple[int, ...]],
         targets: TensorSpec,
         loss: Loss | None,
-        codec: str,
+        menu: Sequence[Codec],
+        values: Sequence[Codec],
         optimizer: str,
     ) -> None:
         self.root, self.graph, self.split, self.weights = root, graph, split, weights
         self.selection, self.parameters, self.buffers = selection, parameters, buffers
-        self.targets, self.loss, self.codec, self.optimizer = targets, loss, codec, optimizer
+        self.targets, self.loss, self.optimizer = targets, loss, optimizer
+        self.menu, self.values = tuple(menu), tuple(values)
         self.inputs = [self._value(name, "feature") for name in split.features]
         self.parameter_values = [Value(p, shape, "parameter") for p, shape in parameters.items()]
         self.buffer_values = [Value(name, shape, "buffer") for name, shape in buffers.items()]
@@ -63,7 +69,7 @@ class GraphWriter:
         if self.split.trunk_nodes:
             graphs["trunk"] = self._trunk()
         graphs["train"], saved = self._train()
-        if any(slot.codec.lossy for slot in self.slots):
+        if any(spectra_of(slot) for slot in self.slots):
             graphs["calibrate"] = self._calibrate()
         graphs["predict"] = self._predict()
         graphs["update"] = self._update()
@@ -102,14 +108,14 @@ class GraphWriter:
 
     def _train(self) -> tuple[GraphSpec, list[SavedSpec]]:
         g, library, tail = GraphBuilder(taken=set(self.graph.shapes)), FunctionLibrary(), self.split.tail
-        lossy = codec_named(self.codec)
         head = self.selection.head
         layers = {
-            layer.node: TrainedLayer(layer.name, Dense() if layer == head else lossy) for layer in self.selection.layers
+            layer.node: TrainedLayer(layer.name, (Dense(),) if layer == head else self.menu)
+            for layer in self.selection.layers
         }
-        made = emit_gradients(g, library, tail, layers, list(self.parameters), TARGETS, self.loss)
+        made = emit_gradients(g, library, tail, layers, list(self.parameters), TARGETS, self.loss, self.values)
         self.slots = made.slots
-        bases = [Value(m.input, _basis_shape(m), "basis") for s in made.slots for m in _modes(s)]
+        bases = [_run_time_input(s, mode, name) for s in made.slots for name, mode in s.inputs.items()]
         target_type = helper.np_dtype_to_tensor_dtype(np.dtype(self.targets.dtype))
         targets = Value(TARGETS, (BATCH, *self.targets.shape), "target", target_type)
         emitted = {"loss": made.loss} | ({} if made.correct is None else {"correct": made.correct})
@@ -118,25 +124,25 @@ class GraphWriter:
         outputs += [Value(f"gradient/{p}", shape, "gradient") for p, shape in self.parameters.items()]
         emitted |= {f"new/{name}": f"new/{name}" for name in self.buffers}
         outputs += [Value(f"new/{name}", shape, "output") for name, shape in self.buffers.items()]
-        for slot in made.slots:
-            if slot.encoded is not None and slot.encoded.energy is not None:
-                emitted[f"energy/{slot.saved.name}"] = slot.encoded.energy
-                outputs.append(Value(f"energy/{slot.saved.name}", (), "output"))
+        emitted |= {f"energy/{name}": energy for name, energy in made.energies.items()}
+        outputs += [Value(f"energy/{name}", (), "output") for name in made.energies]
+        shapes = {value.name: value.shape for value in bases}
+        emitted |= {f"next/{name}": factor for name, factor in made.carried.items()}
+        outputs += [Value(f"next/{name}", shapes[name], "output") for name in made.carried]
         inputs = [*self.inputs, targets, *self.parameter_values, *self.buffer_values, *bases]
         ends = [*made.forward_ends, *(f"new/{name}" for name in self.buffers)]
         spec = self._write("train", g, library, inputs, outputs, emitted, tail, made.kept, ends)
-        return spec, [_saved_spec(slot) for slot in made.slots]
+        return spec, [_saved_spec(slot, slot.saved.name in made.energies) for slot in made.slots]
 
     def _calibrate(self) -> GraphSpec:
         g, tail = GraphBuilder(taken=set(self.graph.shapes)), self.split.tail
-        slots = [slot for slot in self.slots if slot.codec.lossy]
+        slots = [slot for slot in self.slots if spectra_of(slot)]
         needed = prune(tail.nodes, [slot.tensor for slot in slots])
         grams = emit_grams(g, dataclasses.replace(tail, nodes=needed), slots)
         outputs = []
-        for slot in self.slots:
-            for mode in _modes(slot):
-                extent: int | str = BATCH if mode.size is None else mode.size
-                outputs.append(Value(f"gram/{slot.saved.name}/{mode.letter}", (mode.groups, extent, extent), "output"))
+        for slot in slots:
+            for spectrum, mode in spectra_of(slot).items():
+                outputs.append(Value(f"gram/{slot.saved.name}/{spectrum}", _spectrum_shape(mode), "output"))
         return self._write("calibrate", g, None, self._forward_inputs(), outputs, grams, tail)
 
     def _forward_inputs(self) -> list[Value]:
@@ -202,29 +208,45 @@ class GraphWriter:
         )
 
 
-def _modes(slot: Slot) -> list[ModeSpec]:
-    """Return the truncated modes of a slot. ``c`` has one factor per group."""
-    if not slot.bases:
-        return []
-    extents, groups = slot.saved.extents(), slot.saved.groups
-    return [
-        ModeSpec(letter, extents.get(letter), groups if letter == "c" else 1, f"rank.{slot.saved.name}.{letter}", name)
-        for letter, name in slot.bases
-    ]
+def _mode_spec(slot: Slot, mode: Mode, name: str) -> ModeSpec:
+    rank = f"rank.{slot.saved.name}.{mode.letter}" if mode.ranked else ""
+    return ModeSpec(mode.letter, mode.size, mode.groups, rank, name, mode.source.value, mode.spectrum)
 
 
-def _basis_shape(mode: ModeSpec) -> tuple[int | str, ...]:
-    return (BATCH, mode.rank) if mode.size is None else (mode.groups, mode.size, mode.rank)
+def _run_time_input(slot: Slot, mode: Mode, name: str) -> Value:
+    """Return the graph input that brings ``mode``; its shape as ``codecs.base.Source`` says."""
+    rank = f"rank.{slot.saved.name}.{mode.letter}"
+    size: int | str = BATCH if mode.size is None else mode.size
+    if mode.source is Source.COUNT:
+        return Value(name, (1,), "scalar", TensorProto.INT64, rank)
+    if mode.source is Source.NOISE:
+        return Value(name, (size,), "basis")
+    return Value(name, (mode.groups, size, rank) if mode.source is Source.BASIS else (size, rank), "basis")
 
 
-def _saved_spec(slot: Slot) -> SavedSpec:
-    assert slot.encoded is not None
-    energy = f"energy/{slot.saved.name}" if slot.encoded.energy else None
+def _spectrum_shape(mode: Mode) -> tuple[int | str, ...]:
+    """Return the shape of what the calibrate graph tells of ``mode``: a Gram matrix per group."""
+    size: int | str = BATCH if mode.size is None else mode.size
+    return (mode.groups, size, size)
+
+
+def _saved_spec(slot: Slot, certified: bool) -> SavedSpec:
     return SavedSpec(
-        slot.saved.name, slot.layers, slot.codec.name, {}, slot.saved.shape, slot.saved.groups, tuple(_modes(slot)),
-        energy, slot.encoded.stored,
-        slot.saved.channels_last,
-    )  # fmt: skip
+        name=slot.saved.name,
+        layers=slot.layers,
+        options=tuple(_option_spec(slot, option) for option in slot.options),
+        shape=slot.saved.shape,
+        groups=slot.saved.groups,
+        energy=f"energy/{slot.saved.name}" if certified else None,
+        channels_last=slot.saved.channels_last,
+    )
+
+
+def _option_spec(slot: Slot, option: Option) -> OptionSpec:
+    assert option.encoded is not None
+    codec = option.codec
+    modes = tuple(_mode_spec(slot, mode, name) for mode, name in option.inputs)
+    return OptionSpec(label_of(codec), codec.name, config_of(codec), codec.lossy, modes, option.encoded.stored)
 
 
 def in_evaluation(node: Node) -> Node:

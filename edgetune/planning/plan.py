@@ -14,6 +14,7 @@ from edgetune.bundle import Manifest
 from edgetune.errors import BudgetError, UsageError
 from edgetune.plain import from_plain
 from edgetune.planning.prediction import Prediction, dense_bytes, predict, saved_bytes_by_tensor
+from edgetune.planning.selection import default_selection, settle
 from edgetune.planning.sizes import rank_symbol
 from edgetune.planning.spectra import (
     Calibration,
@@ -69,7 +70,7 @@ class Plan:
     Attributes:
         batch: samples per training step.
         micro_batch: samples per run of the trunk.
-        codec: the bundle's codec.
+        codec: the bundle's codec, or its menu.
         epsilon: the ε of every truncated mode; None where the codec truncates nothing.
         ranks: by saved tensor and mode letter; those that truncate nothing have no entry.
         budget_bytes: what the whole process may take; None: not limited.
@@ -81,6 +82,7 @@ class Plan:
         bottleneck: ``<graph>/<node>`` at the predicted peak.
         correction_bytes: measured minus predicted peak of an earlier step, included in the prediction.
         rows: one per trained layer.
+        selection: the label of the codec by saved tensor.
         calibration: the bases and spectra behind the ranks; neither compared nor in the JSON.
     """
 
@@ -98,6 +100,7 @@ class Plan:
     bottleneck: str
     correction_bytes: int = 0
     rows: tuple[PlanRow, ...] = ()
+    selection: Mapping[str, str] = field(default_factory=dict)
     calibration: Calibration | None = field(default=None, compare=False, repr=False)
 
     def symbols(self) -> dict[str, int]:
@@ -154,6 +157,7 @@ def make_plan(
     runtime_bytes: int,
     correction_bytes: int = 0,
     reserve_bytes: int = 0,
+    codec: str | None = None,
 ) -> Plan:
     """Return the plan that keeps most of the saved tensors' energy within the budgets.
 
@@ -162,6 +166,7 @@ def make_plan(
     there is no ε to choose, and ``epsilon`` is ignored: any is satisfied. Then the micro-batch: the largest power of
     two, at most ``batch`` and 32, that stays within ``budget_bytes``; without one, 8 or ``batch``.
 
+    Every saved tensor is kept by ``codec``, one of the bundle's menu (None: the first), where that applies.
     No ``calibration`` stands for :func:`identity_calibration`. ``runtime_bytes`` are resident before anything of the
     plan is allocated; ``correction_bytes`` is the measured minus the predicted peak of an earlier step, of either sign;
     ``reserve_bytes`` of the budget are left free, because no process repeats its peak to the byte.
@@ -173,7 +178,9 @@ def make_plan(
         UsageError: a batch, a budget or ``epsilon`` out of range.
     """
     _check(batch, epsilon, budget_bytes, activation_budget_bytes)
-    truncates = any(spec.modes for spec in manifest.saved)
+    selection = default_selection(manifest, codec)
+    manifest = settle(manifest, selection)
+    truncates = any(mode.spectrum for spec in manifest.saved for mode in spec.modes)
     if truncates and calibration is None:
         calibration = identity_calibration(manifest, batch)
 
@@ -230,6 +237,7 @@ def make_plan(
         bottleneck=prediction.bottleneck,
         correction_bytes=correction_bytes,
         rows=_rows(manifest, best, calibration, batch),
+        selection=selection,
         calibration=calibration,
     )
 

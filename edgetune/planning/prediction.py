@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from edgetune.bundle import GraphSpec, Manifest, SavedSpec, TensorSpec
 from edgetune.errors import BundleError, UsageError, choices
 from edgetune.planning.memory import FIXED_KINDS, LiveTensor, Peak, peak
+from edgetune.planning.selection import LOSSLESS
 from edgetune.planning.sizes import itemsize, nbytes
-
-LOSSLESS = "dense"
-"""Name of the codec that keeps a tensor as it is."""
 
 _FLOAT_BYTES = 4
 _LINE_OF = {"feature": "features", "saved": "saved", "gradient": "gradients", "workspace": "workspace"}
@@ -52,6 +50,8 @@ def predict(
     correction_bytes: int = 0,
 ) -> Prediction:
     """Return what training with batches of ``batch`` samples needs when the trunk runs on ``micro_batch`` at a time.
+
+    ``manifest`` is settled (``planning.selection``): every saved tensor has one option.
 
     Always there: the runtime; the constants of all graphs, once per name (they point into one file); parameters and
     optimizer state (float32); the bases that the train graph reads, and the full ones of which they are columns.
@@ -106,7 +106,7 @@ def predict(
 def saved_bytes_by_tensor(
     manifest: Manifest, *, batch: int, ranks: Mapping[str, Mapping[str, int]]
 ) -> dict[str, dict[str, int]]:
-    """Return, per saved tensor of the bundle, the tensors of the train graph that hold it, with their bytes.
+    """Return, per saved tensor of a settled bundle, the tensors of the train graph that hold it, with their bytes.
 
     A tensor that two saved tensors share appears under both: merge the inner dictionaries before adding.
 
@@ -118,15 +118,16 @@ def saved_bytes_by_tensor(
     uses = {use.name: use for use in manifest.graphs["train"].tensors} if "train" in manifest.graphs else {}
     found: dict[str, dict[str, int]] = {}
     for spec in manifest.saved:
-        if not spec.stored and spec.codec == LOSSLESS:
+        (option,) = spec.options
+        if not option.stored and option.codec == LOSSLESS:
             found[spec.name] = {spec.name: dense_bytes(spec, batch)}
             continue
-        for name in spec.stored:
+        for name in option.stored:
             if name not in uses:
                 raise BundleError(
                     f"'{spec.name}' is stored in '{name}', which the train graph lacks; export the bundle again"
                 )
-        found[spec.name] = {name: nbytes(uses[name], symbols) for name in spec.stored}
+        found[spec.name] = {name: nbytes(uses[name], symbols) for name in option.stored}
     return found
 
 
@@ -139,6 +140,8 @@ def _symbols(manifest: Manifest, batch: int, ranks: Mapping[str, Mapping[str, in
     symbols = {"batch": batch}
     for spec in manifest.saved:
         for mode in spec.modes:
+            if not mode.rank:
+                continue
             try:
                 symbols[mode.rank] = ranks[spec.name][mode.letter]
             except KeyError:
@@ -196,5 +199,5 @@ def _basis_bytes(manifest: Manifest, symbols: Mapping[str, int]) -> int:
     read = 0
     if "train" in manifest.graphs:
         read = sum(nbytes(use, symbols) for use in manifest.graphs["train"].tensors if use.kind == "basis")
-    modes = (mode for spec in manifest.saved for mode in spec.modes)
+    modes = (mode for spec in manifest.saved for mode in spec.modes if mode.source == "basis")
     return read + sum(_FLOAT_BYTES * mode.groups * mode.size**2 for mode in modes if mode.size is not None)

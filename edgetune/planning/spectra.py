@@ -50,7 +50,7 @@ class Spectrum:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """The spectra of all truncated modes, by saved tensor and mode letter.
+    """The spectra of all truncated modes, by saved tensor and ``ModeSpec.spectrum``.
 
     ``samples`` is how many samples they were measured on (0: none, see :func:`identity_calibration`); ``batch`` the
     number of samples per batch, which is the extent of the batch modes.
@@ -187,11 +187,11 @@ def identity_calibration(manifest: Manifest, batch: int) -> Calibration:
     """
     spectra: dict[str, dict[str, Spectrum]] = {}
     for spec in manifest.saved:
-        for mode in spec.modes:
+        for mode in (mode for mode in spec.modes if mode.spectrum):
             size = _extent(spec, mode, batch)
             flat = np.ones((mode.groups, size), np.float64)
             unit = None if mode.letter == "b" else np.tile(np.eye(size, dtype=np.float32), (mode.groups, 1, 1))
-            spectra.setdefault(spec.name, {})[mode.letter] = Spectrum(flat, unit)
+            spectra.setdefault(spec.name, {})[mode.spectrum] = Spectrum(flat, unit)
     return Calibration(spectra, samples=0, batch=batch)
 
 
@@ -209,10 +209,11 @@ def ranks_at(manifest: Manifest, calibration: Calibration, epsilon: float, batch
         spec.name: {
             mode.letter: _planned_rank(mode, rank_at(found, epsilon), found.size, batch)
             for mode in spec.modes
+            if mode.spectrum
             for found in (_spectrum_for(calibration, spec, mode),)
         }
         for spec in manifest.saved
-        if spec.modes
+        if any(mode.spectrum for mode in spec.modes)
     }
 
 
@@ -231,7 +232,7 @@ def captured_energy_bound(
     if not spec.modes:
         return None
     lost = 0.0
-    for mode in spec.modes:
+    for mode in (mode for mode in spec.modes if mode.spectrum):
         spectrum, rank = _spectrum_for(calibration, spec, mode), ranks[mode.letter]
         if rank >= _extent(spec, mode, batch):
             continue
@@ -257,13 +258,13 @@ def _planned_rank(mode: ModeSpec, rank: int, size: int, batch: int) -> int:
 def _spectrum_for(calibration: Calibration, spec: SavedSpec, mode: ModeSpec) -> Spectrum:
     """Return the spectrum of one mode, after checking that it belongs to this bundle."""
     modes = calibration.spectra.get(spec.name)
-    if modes is None or mode.letter not in modes:
+    if modes is None or mode.spectrum not in modes:
         known = (f"{saved}.{letter}" for saved, found in calibration.spectra.items() for letter in found)
         raise StateError(
-            f"the calibration lacks mode '{mode.letter}' of '{spec.name}': it belongs to another bundle; calibrate "
+            f"the calibration lacks mode '{mode.spectrum}' of '{spec.name}': it belongs to another bundle; calibrate "
             f"again (it holds: {choices(known)})"
         )
-    found = modes[mode.letter]
+    found = modes[mode.spectrum]
     expected: tuple[Any, ...] = (mode.groups, found.size if mode.letter == "b" else mode.size)
     if found.eigenvalues.shape != expected:
         raise StateError(

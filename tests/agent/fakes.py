@@ -26,6 +26,7 @@ from edgetune.bundle import (
     Manifest,
     ModeSpec,
     OptimizerSpec,
+    OptionSpec,
     ParameterSpec,
     PreprocessSpec,
     SavedSpec,
@@ -45,7 +46,7 @@ POISON = (255, 0, 255)
 def make_manifest(model: str = "fake") -> Manifest:
     """Return the manifest of the fake model: input [3, 8, 8], feature [3, 4, 4], one trained linear layer."""
     modes = tuple(
-        ModeSpec(letter, size, 1, f"rank.head.{letter}", f"basis.head.{letter}")
+        ModeSpec(letter, size, 1, f"rank.head.{letter}", f"basis.head.{letter}", "basis" if size else "sketch", letter)
         for letter, size in (("c", 3), ("h", 4), ("w", 4))
     )
     core = ("batch", *(mode.rank for mode in modes))
@@ -73,7 +74,16 @@ def make_manifest(model: str = "fake") -> Manifest:
         optimizer=OptimizerSpec("sgd", ("momentum",), {"learning_rate": 0.1, "momentum": 0.9, "weight_decay": 0.0}),
         codec="hosvd",
         layers=(LayerSpec("head", "Linear", "head", (3, 4, 4), "head.weight", None, "head"),),
-        saved=(SavedSpec("head", ("head",), "hosvd", {}, (3, 4, 4), 1, modes, "energy.head", ("core",)),),
+        saved=(
+            SavedSpec(
+                "head",
+                ("head",),
+                (OptionSpec("hosvd", "hosvd", {}, True, modes, ("core",)),),
+                (3, 4, 4),
+                1,
+                "energy.head",
+            ),
+        ),
         parameters=(ParameterSpec("head.weight", (3, 48), "head", "head"),),
         graphs={"train": train},
     )

@@ -21,7 +21,8 @@ from edgetune.autodiff.builder import DOMAIN, OPSET, FunctionLibrary, GraphBuild
 from edgetune.autodiff.graph import BATCH, ForwardGraph, Node
 from edgetune.autodiff.losses import LossConfig, loss_from
 from edgetune.autodiff.lowering import emit_node
-from edgetune.autodiff.reverse import TrainedLayer, emit_gradients
+from edgetune.autodiff.memory import TrainedLayer
+from edgetune.autodiff.reverse import emit_gradients
 from edgetune.bundle import Array
 from edgetune.codecs import Dense
 from edgetune.export.shapes import infer_shapes
@@ -182,7 +183,7 @@ def _emitted(
     """Emit the gradients of ``trained`` and run them in onnxruntime."""
     graph = forward_graph(nodes, x.shape[1:], trained, fixed)
     g, library = GraphBuilder(taken=set(graph.shapes)), FunctionLibrary()
-    layers = {n.name: TrainedLayer(n.name, Dense()) for n in graph.nodes if n.op in ("Conv", "Gemm")}
+    layers = {n.name: TrainedLayer(n.name, (Dense(),)) for n in graph.nodes if n.op in ("Conv", "Gemm")}
     made = emit_gradients(g, library, graph, layers, list(trained), "targets", loss_from(LossConfig()))
     wanted = {"loss": made.loss, **made.parameters}
     # One emitted tensor may be the gradient of two parameters: every output gets a name of its own.

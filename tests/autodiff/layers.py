@@ -25,7 +25,8 @@ from edgetune.autodiff.builder import DOMAIN, OPSET, FunctionLibrary, GraphBuild
 from edgetune.autodiff.calibrate import emit_grams
 from edgetune.autodiff.graph import ForwardGraph, Node
 from edgetune.autodiff.losses import LossConfig, loss_from
-from edgetune.autodiff.reverse import Gradients, Slot, TrainedLayer, emit_gradients
+from edgetune.autodiff.memory import Slot, TrainedLayer
+from edgetune.autodiff.reverse import Gradients, emit_gradients
 from edgetune.bundle import Array
 from edgetune.codecs import Codec, codec_named
 from edgetune.export.symbolic import symbolic_shapes
@@ -149,17 +150,20 @@ class Emitted:
         (slot,) = self.made.slots
         return slot
 
+    def inputs(self) -> dict[str, str]:
+        """Return the graph inputs of the slot's codec by letter."""
+        return {mode.letter: name for mode, name in self.slot.only.inputs}
+
     def extents(self) -> dict[str, int]:
         """Return the full rank of every mode that is cut."""
-        sizes = {"b": BATCH, **self.slot.saved.extents()} if self.slot.bases else {}
-        return {letter: sizes[letter] for letter, _ in self.slot.bases}
+        return {mode.letter: BATCH if mode.size is None else mode.size for mode, _ in self.slot.only.inputs}
 
     def model(self, wanted: Sequence[str]) -> onnx.ModelProto:
         """Return the flat model; its inputs name the batch and the ranks as an exported one does."""
         parameters, saved = self.case.parameters(), self.slot.saved
         inputs: dict[str, Sequence[int | str | None]] = {"x": ["batch", *self.case.shape], "targets": ["batch"]}
         inputs |= {name: list(value.shape) for name, value in parameters.items()}
-        for letter, name in self.slot.bases:
+        for letter, name in self.inputs().items():
             size = [saved.groups if letter == "c" else 1, self.extents()[letter]]
             inputs[name] = [*(["batch"] if letter == "b" else size), f"rank.{letter}"]
         return train_model(self.g, self.library, self.graph, inputs, wanted)
@@ -168,7 +172,7 @@ class Emitted:
         """Return loss, gradients by parameter, and the tensors ``more``; ``bases`` by letter."""
         x, targets = self.case.batch()
         feeds = {"x": x, "targets": targets, **self.case.parameters()}
-        feeds |= {name: bases[letter] for letter, name in self.slot.bases}
+        feeds |= {name: bases[letter] for letter, name in self.inputs().items()}
         named = {"loss": self.made.loss, **self.made.parameters, **{name: name for name in more}}
         found = run(self.model(list(named.values())), feeds)
         return {key: found[name] for key, name in named.items()}
@@ -197,7 +201,7 @@ class Emitted:
     def bases(self, share: float) -> dict[str, Array]:
         """Return by letter the leading ``share`` of each mode's eigenvectors, rounded up, and a sketch for b."""
         found: dict[str, Array] = {}
-        for letter, gram in (self.grams() if self.slot.bases else {}).items():
+        for letter, gram in (self.grams() if self.inputs() else {}).items():
             rank = math.ceil(share * gram.shape[-1])
             vectors = np.linalg.eigh(gram.astype(np.float64))[1][:, :, ::-1][:, :, :rank]
             found[letter] = np.ascontiguousarray(vectors, np.float32)
@@ -218,7 +222,7 @@ def emit(
 ) -> tuple[GraphBuilder, FunctionLibrary, Gradients]:
     """Emit the gradients of the cross-entropy of z and ``targets``; ``codecs`` by name of the listed layers."""
     g, library = GraphBuilder(taken=set(graph.shapes)), FunctionLibrary()
-    layers = {name: TrainedLayer(name, codec) for name, codec in codecs.items()}
+    layers = {name: TrainedLayer(name, (codec,)) for name, codec in codecs.items()}
     loss = loss_from(LossConfig())
     return g, library, emit_gradients(g, library, graph, layers, parameters, "targets", loss)
 

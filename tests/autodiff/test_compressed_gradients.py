@@ -50,7 +50,7 @@ def run_with_outputs(bundle: Bundle, feeds: dict[str, Array], more: list[str]) -
 def bases_of(session: TrainingSession, saved: SavedSpec) -> dict[str, Array]:
     """Return by letter the truncated bases that the plan prescribes, and the session's own sketch for b."""
     plan, found = session.plan, dict[str, Array]()
-    feeds = session._basis_feeds(plan.batch)
+    feeds = session._run_time_inputs(plan.batch)
     assert plan.calibration is not None
     for mode in saved.modes:
         basis = plan.calibration.spectra[saved.name][mode.letter].basis
@@ -89,7 +89,7 @@ def check_against_decoded(
     bundle: Bundle, weight: str, rule: Callable[[Array, Array], Array], epsilon: float, seed: int = 0
 ) -> None:
     manifest = bundle.manifest
-    (saved,) = [s for s in manifest.saved if s.codec != "dense"]
+    (saved,) = [s for s in manifest.saved if s.lossy]
     shape = manifest.inputs[0].shape
     x, y = batch_of(shape, BATCH, CLASSES, seed)
     plan = edgetune.plan(bundle, batch=BATCH, epsilon=epsilon, calibration=[(x, y)])
@@ -102,9 +102,11 @@ def check_against_decoded(
     feeds = {manifest.features[0].name: x, "targets": y, **bundle.initial_parameters()}
     feeds |= {mode.input: bases[mode.letter] for mode in saved.modes}
     dy = gradient_of_output(bundle, weight)
-    made = run_with_outputs(bundle, feeds, [*saved.stored, dy])
-    codec = CODECS[saved.codec]
-    stored = dict(zip(("factor", "core"), (made[name].astype(np.float64) for name in saved.stored), strict=True))
+    made = run_with_outputs(bundle, feeds, [*saved.options[0].stored, dy])
+    codec = CODECS[saved.options[0].codec]
+    stored = dict(
+        zip(("factor", "core"), (made[name].astype(np.float64) for name in saved.options[0].stored), strict=True)
+    )
     decoded = codec.decode(stored, Saved(saved.name, saved.shape, saved.groups, saved.channels_last), bases)
     assert decoded.shape == x.shape
 

@@ -76,7 +76,7 @@ def test_full_ranks_give_the_dense_gradient(bundles: Bundles, case: str, codec: 
     name, shape, last = CASES[case]
     dense = bundles.model(name, shape, last=last, codec="dense")
     compressed = bundles.model(name, shape, last=last, codec=codec)
-    assert any(saved.codec == codec for saved in compressed.manifest.saved)
+    assert any(saved.options[0].codec == codec for saved in compressed.manifest.saved)
     x, y = batch_of(shape, 3, len(dense.manifest.classes), seed=0)
     expected_loss, expected = gradients_of(dense, x, y)
     loss, found = gradients_of(compressed, x, y)

@@ -16,7 +16,8 @@ from onnx import helper
 from edgetune.autodiff.builder import FunctionLibrary, GraphBuilder
 from edgetune.autodiff.graph import Node
 from edgetune.autodiff.losses import LossConfig, loss_from
-from edgetune.autodiff.reverse import TrainedLayer, emit_gradients
+from edgetune.autodiff.memory import TrainedLayer
+from edgetune.autodiff.reverse import emit_gradients
 from edgetune.autodiff.rule import Context, Rule, nothing
 from edgetune.autodiff.rules import RULES
 from edgetune.bundle import Array
@@ -136,7 +137,7 @@ def test_a_parameter_without_a_path_to_the_loss_is_an_error() -> None:
     graph = forward_graph(
         [node("Add", ["x", "p"], "z"), node("Sigmoid", ["q"], "r")], (3,), {"p": normal((3,)), "q": normal((3,))}, {}
     )
-    layers = {"z": TrainedLayer("z", Dense())}
+    layers = {"z": TrainedLayer("z", (Dense(),))}
     with pytest.raises(ExportError, match="no gradient reaches it"):
         emit_gradients(GraphBuilder(), FunctionLibrary(), graph, layers, ["p", "q"], "targets", loss_from(LossConfig()))
 

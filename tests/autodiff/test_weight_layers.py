@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from edgetune.autodiff.graph import ForwardGraph, Node
-from edgetune.autodiff.reverse import Slot
+from edgetune.autodiff.memory import Slot
 from edgetune.bundle import Array
 from edgetune.codecs import Codec, Dense, Hosvd, Svd
 from edgetune.errors import UnsupportedOperatorError
@@ -39,15 +39,17 @@ def test_with_cut_ranks_the_weight_gradient_is_that_of_the_decoded_tensor(name: 
     case = CASES[name]
     emitted = Emitted.of(case, codec)
     slot, bases = emitted.slot, emitted.bases(0.5)
-    assert slot.codec.name == codec and slot.encoded is not None and slot.encoded.energy is not None
+    assert slot.only.codec.name == codec and slot.only.encoded is not None and slot.only.encoded.energy is not None
     assert any(bases[letter].shape[-1] < size for letter, size in emitted.extents().items())
     (call,) = [node for node in emitted.g.nodes if emitted.made.parameters["weight"] in node.output]
-    dy, energy = str(call.input[0]), slot.encoded.energy
-    made = emitted.run(bases, [*slot.encoded.stored, dy, energy])
+    dy, energy = str(call.input[0]), slot.only.encoded.energy
+    made = emitted.run(bases, [*slot.only.encoded.stored, dy, energy])
     # No way leads back to the activation: the call has dY, what is stored, and bases.
-    assert set(call.input) == {dy, *slot.encoded.stored, *slot.encoded.bases.values()}
-    stored = dict(zip(("factor", "core"), (made[key].astype(np.float64) for key in slot.encoded.stored), strict=True))
-    decoded = slot.codec.decode(stored, slot.saved, bases).reshape(BATCH, *case.shape)
+    assert set(call.input) == {dy, *slot.only.encoded.stored, *slot.only.encoded.bases.values()}
+    stored = dict(
+        zip(("factor", "core"), (made[key].astype(np.float64) for key in slot.only.encoded.stored), strict=True)
+    )
+    decoded = slot.only.codec.decode(stored, slot.saved, bases).reshape(BATCH, *case.shape)
     assert relative_error(made["weight"], case.weight_gradient(decoded, made[dy])) <= 1e-5
     x, _ = case.batch()
     kept = float(np.sum(np.square(decoded)) / np.sum(np.square(x, dtype=np.float64)))
@@ -65,8 +67,8 @@ def test_the_planner_sees_every_size(name: str, codec: str) -> None:
     emitted = Emitted.of(CASES[name], codec)
     shapes, bases = emitted.symbolic(), emitted.bases(0.5)
     symbols = {"batch": BATCH, **{f"rank.{letter}": basis.shape[-1] for letter, basis in bases.items()}}
-    assert emitted.slot.encoded is not None
-    stored = emitted.slot.encoded.stored
+    assert emitted.slot.only.encoded is not None
+    stored = emitted.slot.only.encoded.stored
     made = emitted.run(bases, stored)
     for tensor in stored:
         assert [evaluate(extent, symbols) for extent in shapes[tensor]] == list(made[tensor].shape)
@@ -76,7 +78,7 @@ def test_the_planner_sees_every_size(name: str, codec: str) -> None:
 def test_gram_matrices_are_those_of_the_unfoldings(name: str) -> None:
     emitted, (x, _) = Emitted.of(CASES[name], "hosvd"), CASES[name].batch()
     saved, grams = emitted.slot.saved, emitted.grams()
-    assert list(grams) == [letter for letter, _ in emitted.slot.bases]
+    assert list(grams) == list(emitted.inputs())
     whole = x.astype(np.float64).reshape(BATCH, *saved.shape)
     for letter, gram in grams.items():
         if letter == "c" and not saved.channels_last:
@@ -120,26 +122,26 @@ def slots_of(graph: ForwardGraph, codecs: dict[str, Codec], parameters: Sequence
 
 def test_a_convolution_and_a_linear_layer_may_read_one_tensor() -> None:
     slots = slots_of(pointwise_and_linear(), {"conv": Hosvd(), "linear": Svd()}, ["k", "w", "shift"])
-    assert slots["conv"].codec.name == "hosvd" and not slots["conv"].saved.channels_last
-    assert slots["linear"].codec.name == "svd" and slots["linear"].saved.channels_last
+    assert slots["conv"].only.codec.name == "hosvd" and not slots["conv"].saved.channels_last
+    assert slots["linear"].only.codec.name == "svd" and slots["linear"].saved.channels_last
     assert slots["conv"].tensor == slots["linear"].tensor == "a"
 
 
 def test_one_lossless_reader_makes_all_of_them_lossless() -> None:
     slots = slots_of(pointwise_and_linear(), {"conv": Hosvd(), "linear": Dense()}, ["k", "w", "shift"])
-    assert {slot.codec.name for slot in slots.values()} == {"dense"}
+    assert {slot.only.codec.name for slot in slots.values()} == {"dense"}
 
 
 def test_a_trained_weight_that_nobody_listed_is_kept_lossless() -> None:
     slots = slots_of(pointwise_and_linear(), {}, ["w"])
-    assert slots["linear"].codec.name == "dense" and slots["linear"].saved.name == "linear"
+    assert slots["linear"].only.codec.name == "dense" and slots["linear"].saved.name == "linear"
 
 
 def test_images_per_sample_are_no_mode_of_a_convolution_and_so_kept_whole_for_all() -> None:
     slots = slots_of(pointwise_and_linear(lead=-2), {"conv": Hosvd(), "linear": Hosvd()}, ["k", "w", "shift"])
-    assert {slot.codec.name for slot in slots.values()} == {"dense"}
+    assert {slot.only.codec.name for slot in slots.values()} == {"dense"}
     slots = slots_of(pointwise_and_linear(lead=-2), {"linear": Hosvd()}, ["w"])
-    assert slots["linear"].codec.name == "hosvd" and slots["linear"].saved.shape == (2, 6, 6, 6)
+    assert slots["linear"].only.codec.name == "hosvd" and slots["linear"].saved.shape == (2, 6, 6, 6)
 
 
 def test_layers_of_a_constant_and_of_what_is_made_of_it_are_trained() -> None:
@@ -158,7 +160,7 @@ def test_layers_of_a_constant_and_of_what_is_made_of_it_are_trained() -> None:
     ]
     graph = graph_of(nodes, constants, shapes)
     g, library, made = emit(graph, {"first": Hosvd(), "second": Hosvd()}, ["v", "w"])
-    assert [slot.codec.name for slot in made.slots] == ["dense", "dense"]
+    assert [slot.only.codec.name for slot in made.slots] == ["dense", "dense"]
     assert "table" not in made.kept
 
     x, targets = batch_of((5, 2), BATCH, CLASSES, seed=0)

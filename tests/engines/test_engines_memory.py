@@ -18,7 +18,7 @@ from onnx import TensorProto, helper
 import edgetune
 from edgetune.autodiff.builder import IR_VERSION, OPSET
 from edgetune.bundle import Array
-from edgetune.export.symbolic import IN_PLACE, VIEWS
+from edgetune.planning.lifetimes import IN_PLACE, VIEWS
 from edgetune.planning.spectra import Calibration
 from edgetune.units import MIB
 from tests.engines.run_operators import SHAPE

@@ -38,11 +38,11 @@ TOLERANCE = 1e-5
 class FixedSketch(edgetune.TrainingSession):
     """A session whose every step uses the sketch of the first, cut to the batch: as the artifacts do."""
 
-    def _basis_feeds(self, samples: int) -> dict[str, Any]:
+    def _run_time_inputs(self, samples: int) -> dict[str, Any]:
         step, self._step = self._step, 0
-        feeds = super()._basis_feeds(BATCH)
+        feeds = super()._run_time_inputs(BATCH)
         self._step = step
-        for name in self._sketches:
+        for name in (mode.input for saved in self._manifest.saved for mode in saved.modes if mode.source == "sketch"):
             feeds[name] = self._runtime.put(np.ascontiguousarray(self._runtime.get(feeds[name])[:samples, :samples]))
         return feeds
 

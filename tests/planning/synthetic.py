@@ -14,6 +14,7 @@ from edgetune.bundle import (
     Manifest,
     ModeSpec,
     OptimizerSpec,
+    OptionSpec,
     ParameterSpec,
     PreprocessSpec,
     SavedSpec,
@@ -48,12 +49,22 @@ def saved_spec(name: str, shape: tuple[int, ...], letters: str, groups: int, *, 
     dense codec)."""
     size: dict[str, int | None] = {"b": None, **Saved(name, shape, groups, last).extents()}
     modes = tuple(
-        ModeSpec(x, size[x], groups if x == "c" else 1, rank_symbol(name, x), f"basis.{name}.{x}") for x in letters
+        ModeSpec(
+            x,
+            size[x],
+            groups if x == "c" else 1,
+            rank_symbol(name, x),
+            f"basis.{name}.{x}",
+            "sketch" if x == "b" else "basis",
+            x,
+        )
+        for x in letters
     )
     stored = (f"{name}.core",) + ((f"{name}.factor_b",) if "b" in letters else ())
     if not modes:
-        return SavedSpec(name, (name,), "dense", {}, shape, stored=(f"{name}.x",))
-    return SavedSpec(name, (name,), "hosvd", {}, shape, groups, modes, f"{name}.energy", stored, last)
+        return SavedSpec(name, (name,), (OptionSpec("dense", "dense", {}, False, (), (f"{name}.x",)),), shape)
+    option = OptionSpec("hosvd", "hosvd", {}, True, modes, stored)
+    return SavedSpec(name, (name,), (option,), shape, groups, f"{name}.energy", last)
 
 
 def manifest(

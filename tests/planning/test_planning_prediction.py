@@ -7,7 +7,7 @@ import math
 
 import pytest
 
-from edgetune.bundle import Manifest
+from edgetune.bundle import Manifest, SavedSpec
 from edgetune.errors import BundleError, UsageError
 from edgetune.planning.memory import peak
 from edgetune.planning.prediction import Prediction, predict, saved_bytes_by_tensor
@@ -131,9 +131,13 @@ def test_saved_bytes_are_those_of_the_stored_tensors() -> None:
     assert dense == {"l0": {"l0.x": 4 * BATCH * 8 * 36}, "l1": {"l1.x": 4 * BATCH * 16 * 9}}
 
 
+def _storing(spec: SavedSpec, stored: tuple[str, ...]) -> SavedSpec:
+    return dataclasses.replace(spec, options=(dataclasses.replace(spec.options[0], stored=stored),))
+
+
 def test_a_dense_tensor_that_names_no_storage_stores_itself() -> None:
     described = manifest(SHAPES, letters="")
-    saved = tuple(dataclasses.replace(spec, stored=()) for spec in described.saved)
+    saved = tuple(_storing(spec, ()) for spec in described.saved)
     found = saved_bytes_by_tensor(dataclasses.replace(described, saved=saved), batch=BATCH, ranks={})
     assert [sum(t.values()) for t in found.values()] == [4 * BATCH * 8 * 36, 4 * BATCH * 16 * 9]
 
@@ -142,7 +146,7 @@ def test_missing_ranks_and_tensors_are_named() -> None:
     described = manifest(SHAPES)
     with pytest.raises(UsageError, match=r"mode 'b' of 'l1'.*l0\.b, l0\.c"):
         predict(described, batch=1, micro_batch=1, ranks={"l0": RANKS["l0"]}, runtime_bytes=0)
-    spec = dataclasses.replace(described.saved[0], stored=("nowhere",))
+    spec = _storing(described.saved[0], ("nowhere",))
     broken = dataclasses.replace(described, saved=(spec, described.saved[1]))
     with pytest.raises(BundleError, match="'nowhere'"):
         saved_bytes_by_tensor(broken, batch=1, ranks=RANKS)

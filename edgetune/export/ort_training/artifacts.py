@@ -158,15 +158,23 @@ def _frozen(bundle: Bundle, plan: Plan, seed: int) -> dict[str, Array]:
         raise ExportError(
             f"the plan is for codec '{plan.codec}', the bundle was exported with '{bundle.manifest.codec}'"
         )
+    odd = {m.source for s in bundle.manifest.saved for m in s.modes} - {"basis", "sketch"}
+    if odd or bundle.manifest.graphs["train"].choices:
+        raise ExportError(
+            f"the target ort-training takes one codec whose run-time inputs may stay the same in every step, not "
+            f"'{bundle.manifest.codec}'; export with --codec dense, hosvd, svd, patch or fp16"
+        )
     result: dict[str, Array] = {}
     for saved in bundle.manifest.saved:
         for mode in saved.modes:
             rank = plan.ranks[saved.name][mode.letter]
-            if mode.size is None:
-                rng = np.random.default_rng([seed, 0, *saved.name.encode()])
-                result[mode.input] = rng.standard_normal((plan.batch, min(rank, plan.batch)), dtype=np.float32)
+            if mode.source == "sketch":
+                which = b"" if mode.letter == "b" else mode.letter.encode()
+                rng = np.random.default_rng([seed, 0, *saved.name.encode(), *which])
+                size = plan.batch if mode.size is None else mode.size
+                result[mode.input] = rng.standard_normal((size, min(rank, size)), dtype=np.float32)
                 continue
-            spectrum = plan.calibration.spectra[saved.name][mode.letter] if plan.calibration else None
+            spectrum = plan.calibration.spectra[saved.name][mode.spectrum] if plan.calibration else None
             if spectrum is None or spectrum.basis is None:
                 raise ExportError(
                     f"the plan has no basis for '{saved.name}', mode {mode.letter}: plan it with calibration data"
