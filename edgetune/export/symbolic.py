@@ -119,13 +119,14 @@ def wires_of(model: onnx.ModelProto) -> tuple[WireSpec, ...]:
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Yield every name that ``node`` reads, those of its subgraphs included."""
+    """Yield every name that ``node`` reads, and those that its subgraphs read from around them."""
     yield from (name for name in node.input if name)
     for attribute in node.attribute:
         if attribute.type == onnx.AttributeProto.GRAPH:
-            for inner in attribute.g.node:
-                yield from reads(inner)
-
+            inside = attribute.g
+            own = {v.name for v in inside.input} | {t.name for t in inside.initializer}
+            own |= {name for inner in inside.node for name in inner.output}
+            yield from (name for inner in inside.node for name in reads(inner) if name not in own)
 
 def element_types(model: onnx.ModelProto) -> dict[str, str]:
     """Return the numpy name of the element type of every tensor."""
