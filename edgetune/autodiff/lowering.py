@@ -85,7 +85,7 @@ def _batch_norm(g: GraphBuilder, node: Node, graph: ForwardGraph) -> None:
 
 
 def emit_batch_statistics_norm(g: GraphBuilder, node: Node, graph: ForwardGraph) -> tuple[str, str]:
-    """Emit BatchNormalization with the statistics of the batch; return x̂ and 1/σ [1, c, 1..], which the gradient needs.
+    """Emit BatchNormalization with the statistics of the batch; return μ and 1/σ [1, c, 1..], which the gradient needs.
 
         μ = mean(x),  σ² = mean((x - μ)²) + ε,  x̂ = (x - μ)/σ,  y = γ·x̂ + β       over all axes but the channel's
         running mean ← m·old + (1 - m)·μ,   running variance ← m·old + (1 - m)·var·n/(n - 1)
@@ -122,7 +122,7 @@ def emit_batch_statistics_norm(g: GraphBuilder, node: Node, graph: ForwardGraph)
         count = g.op("Mul", count, g.const(positions), hint="count")
         fewer = g.op("Max", g.op("Sub", count, g.const(1.0)), g.const(1.0), hint="count_minus_one")
         update(old_variance, g.op("Mul", variance, g.op("Div", count, fewer), hint="unbiased"), node.outputs[2])
-    return str(normed), str(inverse)
+    return str(mean), str(inverse)
 
 
 def emit_class_weights(g: GraphBuilder, node: Node, graph: ForwardGraph) -> tuple[str, str]:

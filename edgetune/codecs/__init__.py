@@ -7,9 +7,9 @@ from edgetune.codecs.dense import Dense
 from edgetune.codecs.hosvd import Hosvd
 from edgetune.codecs.recompute import Recompute
 from edgetune.codecs.svd import Svd
-from edgetune.codecs.table import CODECS, codec_from, codec_named, identifier, label_of, menu_from
+from edgetune.codecs.table import CODECS, codec_from, codec_named, identifier, label_of, menu_from, with_fallback
 
 __all__ = [
     "CODECS", "Codec", "Dense", "Encoded", "Hosvd", "Mode", "Recompute", "Saved", "Source", "StoredTensor", "Svd",
-    "Use", "captured_energy", "codec_from", "codec_named", "identifier", "label_of", "menu_from",
+    "Use", "captured_energy", "codec_from", "codec_named", "identifier", "label_of", "menu_from", "with_fallback",
 ]  # fmt: skip

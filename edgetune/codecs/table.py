@@ -19,6 +19,9 @@ from edgetune.errors import UsageError, choices
 CODECS: dict[str, Codec] = {codec.name: codec for codec in (Dense(), Recompute(), Hosvd(), Svd())}
 """Every codec with its default settings."""
 
+EXACT_AT_FULL_RANK = frozenset({"hosvd", "hosvd-exact", "asi", "svd"})
+"""Lossy codecs that lose nothing (but rounding) where every rank is full."""
+
 
 def codec_from(name: str, config: Mapping[str, Any]) -> Codec:
     """Return the codec called ``name`` with the settings ``config`` (those that are absent keep their defaults).
@@ -87,3 +90,12 @@ def label_of(codec: Codec) -> str:
 def identifier(codec: Codec) -> str:
     """Return :func:`label_of` as a part of a function's name: letters, digits and underscores."""
     return "".join(letter if letter.isalnum() else "_" for letter in label_of(codec).replace("=", ""))
+
+
+def with_fallback(menu: tuple[Codec, ...]) -> tuple[Codec, ...]:
+    """Return ``menu``, and dense at its end unless some codec of it can be exact.
+
+    What cannot be exact cannot satisfy every ε, and to know what it loses takes a gradient that loses nothing.
+    """
+    exact = any(not codec.lossy or codec.name in EXACT_AT_FULL_RANK for codec in menu)
+    return menu if exact else (*menu, Dense())

@@ -31,7 +31,7 @@ from edgetune.bundle import (
     TensorSpec,
     write_manifest,
 )
-from edgetune.codecs import label_of, menu_from
+from edgetune.codecs import label_of, menu_from, with_fallback
 from edgetune.errors import ExportError, UsageError, choices
 from edgetune.export.canonical import canonicalise, fold_frozen
 from edgetune.export.capture import Captured, capture
@@ -179,7 +179,7 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
     weights.add({k: v for k, v in fixed.items() if belongs_in_file(v) and k not in values and k not in state})
     weights.write(root)
 
-    menu = menu_from(options.codec)
+    menu = with_fallback(menu_from(options.codec))
     writer = GraphWriter(
         root, graph, split, weights, selection, {p: v.shape for p, v in values.items()},
         {b: v.shape for b, v in state.items()}, targets, loss, menu, menu if options.compress == "all" else (),

@@ -128,6 +128,7 @@ def reads(node: onnx.NodeProto) -> Iterator[str]:
             own |= {name for inner in inside.node for name in inner.output}
             yield from (name for inner in inside.node for name in reads(inner) if name not in own)
 
+
 def element_types(model: onnx.ModelProto) -> dict[str, str]:
     """Return the numpy name of the element type of every tensor."""
     inferred = shape_inference.infer_shapes(_inferable(model, {}), strict_mode=True)

@@ -114,7 +114,8 @@ def _standardised(g: GraphBuilder, x: str, axes: Sequence[int], epsilon: float) 
     return str(g.op("Mul", centred, inverse, hint="normed")), str(inverse)
 
 
-# BatchNormalization with the statistics of the batch (training_mode): over all axes but the channel's; kept: x̂ and 1/σ.
+# BatchNormalization with the statistics of the batch (training_mode): over all axes but the channel's; kept: x, and per
+# channel μ and 1/σ; x may go through a codec wherever layers' inputs do.
 # With frozen ones μ and σ do not depend on x: dx = γ·dy/σ; kept: x, if γ is trained.
 def _batch_forward(ctx: Context, node: Node) -> tuple[str, ...]:
     if node.attributes.get("training_mode", 0):
@@ -125,7 +126,9 @@ def _batch_forward(ctx: Context, node: Node) -> tuple[str, ...]:
 
 def _batch_wants(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:
     wants = [Want(node.inputs[1], Use.VALUE)] if 0 in wrt else []
-    if not node.attributes.get("training_mode", 0):
+    if node.attributes.get("training_mode", 0):
+        wants += [Want(node.inputs[0], Use.VALUE, lossy=True)] if wrt & {0, 1} else []
+    else:
         wants += [Want(node.inputs[0], Use.VALUE), Want(node.inputs[3], Use.VALUE)] if 1 in wrt else []
         wants += [Want(node.inputs[4], Use.VALUE)] if wrt & {0, 1} else []
     return wants
@@ -141,8 +144,10 @@ def _batch(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[in
         return str(g.op("Reshape", ctx.value(node.inputs[index]), g.const(row), hint="wide"))
 
     normed = inverse = ""
-    if trained:
-        normed, inverse = ctx.kept(node)
+    if trained and wrt & {0, 1}:
+        mean, inverse = ctx.kept(node)
+        centred = g.op("Sub", ctx.value(node.inputs[0]), mean, hint="centred")
+        normed = g.op("Mul", centred, inverse, hint="normed")
     elif wrt & {0, 1}:
         epsilon = g.const(float(node.attributes.get("epsilon", 1e-5)))
         inverse = g.op("Reciprocal", g.op("Sqrt", g.op("Add", wide(4), epsilon)), hint="inverse")
@@ -200,7 +205,10 @@ RULES = {
     "InstanceNormalization": Rule(_scale_and_x, _instance, "its input"),
     "GroupNormalization": Rule(_scale_and_x, _instance, "its input"),
     "BatchNormalization": Rule(
-        _batch_wants, _batch, "the normalised input (frozen: its input, for the scale)", forward=_batch_forward
+        _batch_wants,
+        _batch,
+        "its input and 2 numbers per channel (frozen: its input, for the scale)",
+        forward=_batch_forward,
     ),
     "LpNormalization": Rule(_lp_wants, _lp, "its input"),
     "Softmax": Rule(_softmax_wants, _softmax, "its output"),
