@@ -93,8 +93,8 @@ class _Reverser:
         return self._decoded[self.g.scope, tensor]
 
     def _decode(self, slot: Slot, stored: Stored) -> str:
-        if stored.encoded.stored == (slot.tensor,):
-            return slot.tensor
+        if stored.codec.name == Dense.name:  # the tensor, or the same computed again
+            return stored.encoded.stored[0]
         letters, shape = list(stored.encoded.bases), self.graph.shapes[slot.tensor]
 
         def body(g: GraphBuilder, names: Sequence[str]) -> str:
