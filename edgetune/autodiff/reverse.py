@@ -26,12 +26,12 @@ from edgetune.autodiff.memory import Memory, Option, Slot, TrainedLayer
 from edgetune.autodiff.rebuild import rebuild
 from edgetune.autodiff.rule import FLOATS, FunctionBody, Kept, Rule, Stored
 from edgetune.autodiff.rules import rule_for
-from edgetune.codecs import Codec, Dense, Recompute, Source, identifier, label_of
+from edgetune.codecs import Codec, Dense, Recompute, Saved, Source, identifier, label_of
 from edgetune.codecs.base import Encoded
 from edgetune.codecs.sign import Interval, emit_inside, emit_pack, emit_unpack
 from edgetune.errors import ExportError, UnsupportedOperatorError, choices
 
-__all__ = ["Gradients", "Option", "Slot", "TrainedLayer", "emit_gradients"]
+__all__ = ["Gradients", "Option", "Slot", "TrainedLayer", "emit_gradients", "function_name"]
 
 CHOOSE = "Choose"
 """Operator of the domain ``edgetune`` with attributes ``saved`` (name of the saved tensor) and ``options`` (labels)."""
@@ -234,12 +234,17 @@ def _dims(shape: Sequence[int]) -> str:
     return "x".join(map(str, shape))
 
 
-def _function_name(verb: str, codec: Codec, slot: Slot, graph: ForwardGraph) -> str:
-    """Return a name that tells apart all that an encoder or a decoder depends on."""
-    saved, shape = slot.saved, graph.shapes[slot.tensor]
+def function_name(verb: str, codec: Codec, saved: Saved) -> str:
+    """Return a name that tells apart all that an encoder or a decoder (``verb``) depends on."""
     order = "last" if saved.channels_last else f"g{saved.groups}"
-    source = "" if shape == (0, *saved.shape) else f"_from_{_dims(shape)}".replace("-", "k")
-    return f"{identifier(codec).capitalize()}{verb}_{_dims(saved.shape)}_{order}{source}"
+    return f"{identifier(codec).capitalize()}{verb}_{_dims(saved.shape)}_{order}"
+
+
+def _function_name(verb: str, codec: Codec, slot: Slot, graph: ForwardGraph) -> str:
+    """Return :func:`function_name`, and the shape that the tensor has in the graph where that is another."""
+    shape = graph.shapes[slot.tensor]
+    source = "" if shape == (0, *slot.saved.shape) else f"_from_{_dims(shape)}".replace("-", "k")
+    return function_name(verb, codec, slot.saved) + source
 
 
 def emit_gradients(
