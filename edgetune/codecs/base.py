@@ -181,7 +181,10 @@ class Codec(Protocol):
     3. the emitted encoder and decoder compute what ``encode`` and ``decode`` do.
     4. the arrays that ``encode`` returns are those that ``stored`` tells, to the byte.
     5. the same input and the same run-time inputs give the same result, bit for bit.
-    6. ``encode`` refuses what is not finite; the emitted energy is then not finite either.
+    6. ``encode`` refuses what is not finite; the emitted energy is then not finite either. It refuses an empty batch.
+
+    Two class attributes may be there as well: ``energy_is_bound = True`` where law 2 gives a lower bound only, and
+    ``exact = False`` where even full ranks lose more than rounding does (one that quantises what it kept).
     """
 
     name: str
@@ -202,7 +205,7 @@ class Codec(Protocol):
         ``inputs`` holds the run-time input per mode letter (:class:`Source`).
 
         Raises:
-            DataError: ``x`` is not finite.
+            DataError: ``x`` is not finite, or holds no sample.
         """
 
     def decode(self, stored: Mapping[str, Array], saved: Saved, inputs: Mapping[str, Array]) -> Array:
@@ -221,7 +224,9 @@ def config_of(codec: Any) -> dict[str, Any]:
 
 
 def check_finite(x: Array, saved: Saved) -> None:
-    """Raise DataError unless every element of ``x`` is finite."""
+    """Raise DataError unless ``x`` has samples and every element of it is finite."""
+    if not len(x):
+        raise DataError(f"the batch of the activation '{saved.name}' is empty; give it one sample or more")
     if not np.isfinite(x).all():
         raise DataError(f"the activation '{saved.name}' is not finite; look for NaN or infinity in the data")
 
