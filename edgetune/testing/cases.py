@@ -5,6 +5,7 @@ Everything follows from a seed.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import numpy as np
@@ -118,17 +119,23 @@ def inputs_for(
 
 
 def _input(mode: Mode, batch: int, ranks: Mapping[str, int], seed: int) -> Array:
-    rng = np.random.default_rng([seed, ord(mode.letter)])
     size = batch if mode.size is None else mode.size
     if mode.source is Source.COUNT:
         return np.array([ranks[mode.letter]], np.int64)
     if mode.source is Source.NOISE:
-        return rng.random(size, np.float32)
+        return np.random.default_rng([seed, ord(mode.letter)]).random(size, np.float32)
     rank = ranks[mode.letter]
-    if mode.source is Source.BASIS:
-        matrices = [np.linalg.qr(rng.standard_normal((size, size)))[0][:, :rank] for _ in range(mode.groups)]
-        return np.stack(matrices).astype(np.float32)
-    return np.ascontiguousarray(rng.standard_normal((size, size))[:, :rank], np.float32)
+    whole = _matrices(seed, mode.letter, size, mode.groups if mode.source is Source.BASIS else 0)
+    return np.array(whole[..., :rank], np.float32, order="C")
+
+
+@functools.lru_cache(maxsize=512)
+def _matrices(seed: int, letter: str, size: int, groups: int) -> Array:
+    """Return orthonormal matrices [groups, size, size], or a sketch [size, size] for no groups."""
+    rng = np.random.default_rng([seed, ord(letter)])
+    if not groups:
+        return rng.standard_normal((size, size))
+    return np.stack([np.linalg.qr(rng.standard_normal((size, size)))[0] for _ in range(groups)])
 
 
 def symbols(codec: Codec, saved: Saved, batch: int, ranks: Mapping[str, int] | None = None) -> dict[str, int]:

@@ -141,7 +141,10 @@ def encoder_model(codec: Codec, saved: Saved) -> onnx.ModelProto:
         carried = [encoded.carried[letter] for letter in moving]
         return [*encoded.stored, *([encoded.energy] if encoded.energy is not None else []), *carried]
 
-    shapes = {"x": ("batch", *saved.shape), **{f"input_{mode.letter}": _input_shape(mode) for mode in modes}}
+    shapes: dict[str, list[int | str]] = {
+        "x": ["batch", *saved.shape],
+        **{f"input_{mode.letter}": _input_shape(mode) for mode in modes},
+    }
     kinds = {f"input_{mode.letter}": np.int64 for mode in modes if mode.source is Source.COUNT}
     typed = [_value(name, kinds.get(name, np.float32), shapes[name]) for name in inputs]
     return _model(function_name("Encode", codec, saved), typed, outputs, body)

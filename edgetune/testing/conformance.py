@@ -18,8 +18,8 @@ from edgetune.testing.laws import Bench, Tolerance
 LARGE_LAWS = ("held", "exact")
 """What is tried on the large tensor as well: whether indices are wide enough."""
 
-FEW_LAWS = ("monotone", "repeatable", "not_finite", "carries")
-"""What is tried on every third shape: it depends on the shape little, and takes the most time."""
+FEW_LAWS = ("monotone", "repeatable", "extremes", "not_finite", "carries")
+"""What is tried on every third shape: these depend on the shape little, and take the most time."""
 
 
 class BrokenLawError(AssertionError):
