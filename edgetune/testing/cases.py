@@ -101,9 +101,9 @@ def full_ranks(codec: Codec, saved: Saved, batch: int) -> dict[str, int]:
 
 
 def some_ranks(codec: Codec, saved: Saved, batch: int, seed: int) -> dict[str, int]:
-    """Return ranks and counts drawn between 1 and the full ones."""
+    """Return ranks and counts drawn from 1 up to below the full ones (a mode of extent one has no choice)."""
     rng = np.random.default_rng(seed)
-    return {letter: int(rng.integers(1, full + 1)) for letter, full in full_ranks(codec, saved, batch).items()}
+    return {letter: int(rng.integers(1, max(full, 2))) for letter, full in full_ranks(codec, saved, batch).items()}
 
 
 def inputs_for(

@@ -6,6 +6,7 @@ kernels stand in for them as they do in training.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -228,7 +229,7 @@ def _model(
 def why_missing(engine: str) -> str | None:
     """Return why ``engine`` cannot run here; None if it can."""
     try:
-        __import__(engine)
+        importlib.import_module(_LIBRARIES[engine])
     except ImportError as error:
         return f"the engine {engine} cannot run here: {error}"
     return None
@@ -288,6 +289,7 @@ def _compile_for_torch(model: onnx.ModelProto) -> Run:
     return run
 
 
+_LIBRARIES = {"onnxruntime": "onnxruntime", "torch": "torch"}
 _COMPILERS: dict[str, Callable[[onnx.ModelProto], Run]] = {
     "onnxruntime": _compile_for_onnxruntime,
     "torch": _compile_for_torch,

@@ -8,15 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
+
 from edgetune.codecs.base import Codec, Saved
 from edgetune.codecs.table import CODECS
-from edgetune.testing import laws
+from edgetune.testing import forms, laws
 from edgetune.testing.cases import GEOMETRIES, LARGE
 from edgetune.testing.coders import ENGINES, ORACLE, coder_for, why_missing
 from edgetune.testing.laws import Bench, Tolerance
 
 LARGE_LAWS = ("held", "exact")
-"""What is tried on the large tensor as well: whether indices are wide enough."""
+"""What is tried on the large tensor as well, if integers are stored: whether indices are wide enough."""
 
 FEW_LAWS = ("monotone", "repeatable", "extremes", "not_finite", "carries")
 """What is tried on every third shape: these depend on the shape little, and take the most time."""
@@ -118,9 +120,9 @@ def checks(
     tried = tuple(saved for saved in (geometries or GEOMETRIES) if codec.applies(saved))
     if not tried:
         raise ValueError(f"the codec {codec.name} applies to none of the tensors; give some to which it does")
-    large = (LARGE,) if geometries is None and codec.applies(LARGE) else ()
-    found = [Check(codec, name, "", _of_codec(law, codec), (None,)) for name, law in laws.CODEC_LAWS.items()]
-    found += [Check(codec, name, "", _of_saved(law, codec), tried) for name, law in laws.GEOMETRY_LAWS.items()]
+    large = (LARGE,) if geometries is None and codec.applies(LARGE) and _stores_integers(codec) else ()
+    found = [Check(codec, name, "", _of_codec(law, codec), (None,)) for name, law in forms.CODEC_LAWS.items()]
+    found += [Check(codec, name, "", _of_saved(law, codec), tried) for name, law in forms.GEOMETRY_LAWS.items()]
     for place in (ORACLE, *engines):
         bench = Bench(codec, place, coder_for(codec, place), seed, tolerance)
         table = laws.LAWS | (laws.ORACLE_LAWS if place == ORACLE else laws.ENGINE_LAWS)
@@ -129,6 +131,10 @@ def checks(
             cases += large if name in LARGE_LAWS else ()
             found.append(Check(codec, name, place, _placed(law, bench), cases))
     return found
+
+
+def _stores_integers(codec: Codec) -> bool:
+    return any(np.issubdtype(tensor.dtype, np.integer) for tensor in codec.stored(LARGE))
 
 
 def _of_codec(law: Callable[[Codec], None], codec: Codec) -> Callable[[Saved | None], None]:
