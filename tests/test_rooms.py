@@ -60,6 +60,8 @@ TABLE = {
         lazy_rooms=_words("export autodiff __init__"),
         lazy_libraries=_words("torch onnx onnxruntime sklearn safetensors watchfiles pynvml"),
     ),
+    # Tests of those who write codecs: needs what the host has; nobody imports it.
+    "testing": Room(_ALL - _words("agent __init__"), _words("numpy onnx"), lazy_libraries=_words("torch onnxruntime")),
     # The front doors: cheap to import, so everything but the smallest rooms is fetched when it is first asked for.
     "__init__": Room(_words("errors units version"), lazy_rooms=_ALL),
     "api": Room(_words("bundle errors units"), _words("numpy"), lazy_rooms=_ALL),
@@ -170,6 +172,8 @@ def test_the_table_keeps_what_the_design_promises() -> None:
     assert "agent" not in reach("export")
     assert not reach("agent") & {"export", "autodiff"}
     assert all("commands" not in reach(room) for room in TABLE if room != "__main__")
+    assert all("testing" not in reach(room) for room in TABLE)
+    assert not reach("testing") & {"agent", "commands"}
     device = _words("errors units plain bundle codecs planning engines telemetry agent")
     for room in device:
         assert reach(room) <= device
@@ -195,6 +199,9 @@ def test_the_table_keeps_what_the_design_promises() -> None:
         ("engines/choice.py", "import torch", "may not import the library 'torch'"),
         ("engines/choice.py", "def f():\n    import onnx", "may not import the library 'onnx'"),
         ("codecs/dense.py", "from onnx import helper", "may not import the library 'onnx'"),
+        ("export/emit.py", "from edgetune.testing import tensor", "'export' may not import 'testing'"),
+        ("testing/laws.py", "from edgetune.agent import loop", "'testing' may not import 'agent'"),
+        ("testing/laws.py", "import torch", "'torch' only inside a function"),
         ("errors.py", "from edgetune.units import MIB", "'errors' may not import 'units'"),
         ("bundle.py", "from edgetune.commands import main", "'bundle' may not import 'commands'"),
         ("__init__.py", "from edgetune.export import export", "'export' only inside a function"),

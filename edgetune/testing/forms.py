@@ -20,6 +20,7 @@ LETTERS = ("b", "c", "z", "h", "w", "k", "u")
 
 
 def require(condition: bool, text: str) -> None:
+    """Raise AssertionError with ``text`` unless ``condition``."""
     if not condition:
         raise AssertionError(text)
 
@@ -36,7 +37,10 @@ def declarations(codec: Codec, saved: Saved) -> None:
     require(order == found, f"the ranks are in the order {found}, not in that of the axes, {order}")
     for mode in modes:
         kind = {Source.COUNT: "k", Source.NOISE: "u"}.get(mode.source)
-        require(kind in (None, mode.letter), f"a mode with the source {mode.source.name} has the letter '{kind}'")
+        require(
+            kind in (None, mode.letter),
+            f"the mode with the source {mode.source.name} has the letter '{mode.letter}'; expected '{kind}'",
+        )
         if mode.letter in extents:
             whole = extents[mode.letter] * (saved.groups // mode.groups if mode.letter == "c" else 1)
             require(mode.size == whole, f"mode {mode.letter} has the size {mode.size}, not {whole}")
