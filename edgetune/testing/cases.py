@@ -48,7 +48,7 @@ def tensor(content: str, saved: Saved, batch: int, seed: int) -> Array:
     """Return float32 [batch, *saved.shape]; ``content`` is one of ``CONTENTS``, ``EXTREMES``, or ``decaying``.
 
     ``huge`` has elements of 1e30, whose squares no float32 holds, ``tiny`` of 1e-30. Of ``decaying`` every unfolding
-    has the singular values 1, 1/10, 1/100, ..., as many as the shortest mode (longer than one) has entries: so the
+    has the singular values 1, 1/4, 1/16, ..., as many as the shortest mode (longer than one) has entries: so the
     leading subspaces are well defined, where elsewhere any of several may be right.
     """
     rng = np.random.default_rng(seed)
@@ -72,7 +72,7 @@ def tensor(content: str, saved: Saved, batch: int, seed: int) -> Array:
 
 
 def _decaying(rng: np.random.Generator, saved: Saved, batch: int) -> Array:
-    """Σ_i 10^-i · u_i ⊗ v_i ⊗ ..., the factors of each mode orthonormal; each group has channels of its own."""
+    """Σ_i 4^-i · u_i ⊗ v_i ⊗ ..., the factors of each mode orthonormal; each group has channels of its own."""
     axes = [batch, *saved.extents().values()]
     terms = min([n for n in axes if n > 1], default=1)
 
@@ -86,7 +86,7 @@ def _decaying(rng: np.random.Generator, saved: Saved, batch: int) -> Array:
         factors[channel] = factor(axes[channel])
         part = np.zeros(axes)
         for i in range(terms):
-            term: Array = np.array(10.0**-i)
+            term: Array = np.array(4.0**-i)
             for columns in factors:
                 term = np.multiply.outer(term, columns[:, i])
             part += term

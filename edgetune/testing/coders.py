@@ -246,7 +246,7 @@ def _compile_for_onnxruntime(model: onnx.ModelProto) -> Run:
 
     ort = import_onnxruntime()
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # a failure is told by the exception
     options.intra_op_num_threads = 1
     options.enable_mem_pattern = options.enable_cpu_mem_arena = options.enable_mem_reuse = False
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

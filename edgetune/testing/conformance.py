@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgetune.codecs.base import Codec, Saved
-from edgetune.codecs.table import CODECS
+from edgetune.codecs.base import Codec, Saved, config_of
+from edgetune.codecs.table import CODECS, codec_from
 from edgetune.testing import forms, laws
 from edgetune.testing.cases import GEOMETRIES, LARGE
 from edgetune.testing.coders import ENGINES, ORACLE, coder_for, why_missing
@@ -20,7 +20,7 @@ from edgetune.testing.laws import Bench, Tolerance
 LARGE_LAWS = ("held", "exact")
 """What is tried on the large tensor as well, if integers are stored: whether indices are wide enough."""
 
-FEW_LAWS = ("monotone", "repeatable", "extremes", "not_finite", "carries")
+FEW_LAWS = ("monotone", "repeatable", "batches", "extremes", "not_finite", "carries")
 """What is tried on every third shape: these depend on the shape little, and take the most time."""
 
 
@@ -62,15 +62,14 @@ class Check:
         missing = why_missing(self.place) if self.place in ENGINES else None
         if missing:
             raise unittest.SkipTest(missing)
-        with registered(self.codec):
-            for saved in self.cases:
-                try:
+        saved: Saved | None = None
+        try:
+            with registered(self.codec):
+                for saved in self.cases:
                     self.hold(saved)
-                except BrokenLawError:
-                    raise
-                except Exception as error:  # whatever a codec under test may raise
-                    reason = str(error) if type(error) is AssertionError else f"{type(error).__name__}: {error}"
-                    raise BrokenLawError(self.codec, self.law, self.place, saved, reason) from error
+        except Exception as error:  # whatever a codec under test may raise
+            reason = str(error) if type(error) is AssertionError else f"{type(error).__name__}: {error}"
+            raise BrokenLawError(self.codec, self.law, self.place, saved, reason) from error
 
 
 @contextmanager
@@ -79,11 +78,12 @@ def registered(codec: Codec) -> Iterator[None]:
 
     Raises:
         AssertionError: the name belongs to another codec, or a setting has no default.
+        UsageError: the name belongs to another codec, which has other settings.
     """
-    known = CODECS.get(codec.name)
-    if known is not None:
-        if type(known) is not type(codec):
-            raise AssertionError(f"the name '{codec.name}' is that of {type(known).__name__}; choose another")
+    if codec.name in CODECS:
+        known = codec_from(codec.name, config_of(codec))
+        if known != codec:
+            raise AssertionError(f"the table makes {known!r} of its name and settings; is '{codec.name}' taken?")
         yield
         return
     try:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from edgetune.codecs.base import Array, Emitter, Encoded, Mode, Saved, Source, StoredTensor, check_finite
 from edgetune.codecs.energy import TINY, emit_captured_energy
 from edgetune.codecs.subspace import emit_top_subspace, top_subspace
+from edgetune.codecs.svd import Svd
 from edgetune.errors import UsageError
 
-INT32, INT64, FLOAT, INT8 = 6, 7, 1, 3  # onnx.TensorProto
+INT32, INT64, FLOAT, FLOAT16, INT8 = 6, 7, 1, 10, 3  # onnx.TensorProto
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,30 @@ class Warm:
     def emit_decode(self, g: Emitter, encoded: Encoded, saved: Saved) -> str:
         factor, core = encoded.stored
         return str(g.op("MatMul", core, g.op("Transpose", factor, perm=[1, 0])))
+
+
+@dataclass(frozen=True)
+class Halved(Svd):
+    """float16: the factors of svd, rounded. Numbers beyond 65504 become infinite."""
+
+    name = "halved"
+
+    def stored(self, saved: Saved) -> tuple[StoredTensor, ...]:
+        return tuple(replace(tensor, dtype="float16") for tensor in super().stored(saved))
+
+    def encode(self, x: Array, saved: Saved, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: value.astype(np.float16) for name, value in super().encode(x, saved, inputs).items()}
+
+    def decode(self, stored: Mapping[str, Array], saved: Saved, inputs: Mapping[str, Array]) -> Array:
+        return super().decode({name: value.astype(np.float32) for name, value in stored.items()}, saved, inputs)
+
+    def emit_encode(self, g: Emitter, x: str, saved: Saved, inputs: Mapping[str, str]) -> Encoded:
+        encoded = super().emit_encode(g, x, saved, inputs)
+        return replace(encoded, stored=tuple(g.op("Cast", name, to=FLOAT16) for name in encoded.stored))
+
+    def emit_decode(self, g: Emitter, encoded: Encoded, saved: Saved) -> str:
+        wide = tuple(g.op("Cast", name, to=FLOAT) for name in encoded.stored)
+        return super().emit_decode(g, replace(encoded, stored=wide), saved)
 
 
 @dataclass(frozen=True)
