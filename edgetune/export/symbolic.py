@@ -72,7 +72,7 @@ def _shapes_at(
         dims = value.type.tensor_type.shape.dim
         if value.type.tensor_type.HasField("shape") and all(d.HasField("dim_value") for d in dims):
             shapes[value.name] = tuple(_expression(d.dim_value, values) for d in dims)
-    for tensor in inferred.graph.initializer:
+    for tensor in model.graph.initializer:
         shapes[tensor.name] = tuple(str(d) for d in tensor.dims)
     return shapes
 
