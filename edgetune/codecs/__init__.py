@@ -3,13 +3,40 @@
 from __future__ import annotations
 
 from edgetune.codecs.base import Codec, Encoded, Mode, Saved, Source, StoredTensor, Use, captured_energy
+from edgetune.codecs.dct import Dct
 from edgetune.codecs.dense import Dense
 from edgetune.codecs.hosvd import Hosvd
 from edgetune.codecs.recompute import Recompute
+from edgetune.codecs.sparse import Sparse, count_grid
 from edgetune.codecs.svd import Svd
 from edgetune.codecs.table import CODECS, codec_from, codec_named, identifier, label_of, menu_from, with_fallback
+from edgetune.codecs.threshold import Threshold
+from edgetune.codecs.wavelet import Db3, Haar
 
 __all__ = [
-    "CODECS", "Codec", "Dense", "Encoded", "Hosvd", "Mode", "Recompute", "Saved", "Source", "StoredTensor", "Svd",
-    "Use", "captured_energy", "codec_from", "codec_named", "identifier", "label_of", "menu_from", "with_fallback",
-]  # fmt: skip
+    "CODECS",
+    "Codec",
+    "Db3",
+    "Dct",
+    "Dense",
+    "Encoded",
+    "Haar",
+    "Hosvd",
+    "Mode",
+    "Recompute",
+    "Saved",
+    "Source",
+    "Sparse",
+    "StoredTensor",
+    "Svd",
+    "Threshold",
+    "Use",
+    "captured_energy",
+    "codec_from",
+    "codec_named",
+    "count_grid",
+    "identifier",
+    "label_of",
+    "menu_from",
+    "with_fallback",
+]

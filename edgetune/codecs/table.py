@@ -10,13 +10,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgetune.codecs.base import Codec, config_of
+from edgetune.codecs.dct import Dct
 from edgetune.codecs.dense import Dense
 from edgetune.codecs.hosvd import Hosvd
 from edgetune.codecs.recompute import Recompute
 from edgetune.codecs.svd import Svd
+from edgetune.codecs.threshold import Threshold
+from edgetune.codecs.wavelet import Db3, Haar
 from edgetune.errors import UsageError, choices
 
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (Dense(), Recompute(), Hosvd(), Svd())}
+CODECS: dict[str, Codec] = {
+    codec.name: codec for codec in (Dense(), Recompute(), Hosvd(), Svd(), Dct(), Haar(), Db3(), Threshold())
+}
 """Every codec with its default settings."""
 
 EXACT_AT_FULL_RANK = frozenset({"hosvd", "hosvd-exact", "asi", "svd"})
