@@ -42,7 +42,8 @@ class Wavelet(Sparse):
     """What both wavelets share: three levels, over w, over h and w, or over z, h and w.
 
     Nothing is padded, so that there are as many coefficients as elements. At a tenth of the coefficients of ReLU
-    activations (14 × 14) db3 keeps 0.943 of the energy so, 0.927 with zeros up to the next multiple of 8.
+    activations (14 × 14) db3 keeps 0.943 of the energy so; padded to the next multiple of 8 it keeps 0.927 with zeros
+    and 0.942 with repeated edges.
     """
 
     levels = LEVELS
