@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from edgetune.codecs.asi import Asi
 from edgetune.codecs.base import Codec, Encoded, Mode, Saved, Source, StoredTensor, Use, captured_energy
 from edgetune.codecs.dct import Dct
 from edgetune.codecs.dense import Dense
 from edgetune.codecs.hosvd import Hosvd
+from edgetune.codecs.hosvd_exact import HosvdExact
 from edgetune.codecs.recompute import Recompute
 from edgetune.codecs.sparse import Sparse, count_grid
 from edgetune.codecs.svd import Svd
@@ -15,6 +17,7 @@ from edgetune.codecs.wavelet import Db3, Haar
 
 __all__ = [
     "CODECS",
+    "Asi",
     "Codec",
     "Db3",
     "Dct",
@@ -22,6 +25,7 @@ __all__ = [
     "Encoded",
     "Haar",
     "Hosvd",
+    "HosvdExact",
     "Mode",
     "Recompute",
     "Saved",

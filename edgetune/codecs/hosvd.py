@@ -56,11 +56,10 @@ class Hosvd:
     def encode(self, x: Array, saved: Saved, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Return ``factor`` [b, r1] and ``core``."""
         check_finite(x, saved)
-        whole = x if saved.rows else x.reshape(len(x), saved.groups, -1, *saved.positions)
-        projected = _multiply(whole, saved, inputs, back=False)
+        projected = project(x, saved, inputs)
         flat = projected.reshape(len(x), -1)
         factor = top_subspace(flat @ flat.T, inputs["b"])
-        return {"factor": factor, "core": np.moveaxis(np.tensordot(factor.T, projected, axes=1), 0, -2)}
+        return {"factor": factor, "core": core_of(projected, factor)}
 
     def decode(self, stored: Mapping[str, Array], saved: Saved, inputs: Mapping[str, Array]) -> Array:
         """Return S ×₁U¹ ×₂U² ×₃U³ ... (eq. 18)."""
@@ -69,15 +68,10 @@ class Hosvd:
 
     def emit_encode(self, g: Emitter, x: str, saved: Saved, inputs: Mapping[str, str]) -> Encoded:
         """Emit the projections of c and the positions (each a product with no transposed copy), then b."""
-        projected = (_emit_project_rows if saved.rows else _emit_project_planes)(g, x, saved, inputs)
-        axes = len(saved.shape) + (1 if saved.rows else 2)
+        projected = emit_project(g, x, saved, inputs)
         flat = g.op("Flatten", projected, axis=1, hint="flat")
         factor = emit_top_subspace(g, g.op("Gemm", flat, flat, transB=1, hint="gram"), inputs["b"])
-        transposed = g.op("Transpose", factor, perm=[1, 0], hint="factor_t")
-        if axes > 2:
-            projected = g.op("Transpose", projected, perm=[*range(1, axes - 1), 0, axes - 1], hint="batch_inside")
-        core = g.op("MatMul", transposed, projected, hint="core")
-        energy = emit_captured_energy(g, core, axes, x, 1 + len(saved.shape))
+        core, energy = emit_core(g, projected, factor, x, saved)
         return Encoded((factor, core), {k: v for k, v in inputs.items() if k != "b"}, energy)
 
     def emit_decode(self, g: Emitter, encoded: Encoded, saved: Saved) -> str:
@@ -98,6 +92,32 @@ class Hosvd:
         flat = g.op("Flatten", expanded, axis=1, hint="flat")
         decoded = g.op("MatMul", encoded.stored[0], flat, hint="decoded_flat")
         return str(g.op("Reshape", decoded, g.const([-1, *saved.shape]), hint="decoded"))
+
+
+def project(x: Array, saved: Saved, bases: Mapping[str, Array]) -> Array:
+    """Return ``x`` projected on the basis [g, n, r] of every mode but b: [b, *ranks, rc], or [b, g, rc, *ranks]."""
+    whole = x if saved.rows else x.reshape(len(x), saved.groups, -1, *saved.positions)
+    return _multiply(whole, saved, bases, back=False)
+
+
+def core_of(projected: Array, factor: Array) -> Array:
+    """Return the core: what :func:`project` gives, projected on ``factor`` [b, r1] and with r1 second to last."""
+    return np.moveaxis(np.tensordot(factor.T, projected, axes=1), 0, -2)
+
+
+def emit_project(g: Emitter, x: str, saved: Saved, bases: Mapping[str, str]) -> str:
+    """Emit :func:`project`."""
+    return (_emit_project_rows if saved.rows else _emit_project_planes)(g, x, saved, bases)
+
+
+def emit_core(g: Emitter, projected: str, factor: str, x: str, saved: Saved) -> tuple[str, str]:
+    """Emit :func:`core_of`, and the captured energy of ``x``."""
+    axes = len(saved.shape) + (1 if saved.rows else 2)
+    transposed = g.op("Transpose", factor, perm=[1, 0], hint="factor_t")
+    if axes > 2:
+        projected = g.op("Transpose", projected, perm=[*range(1, axes - 1), 0, axes - 1], hint="batch_inside")
+    core = str(g.op("MatMul", transposed, projected, hint="core"))
+    return core, emit_captured_energy(g, core, axes, x, 1 + len(saved.shape))
 
 
 def emit_batch_first(g: Emitter, encoded: Encoded, saved: Saved) -> str:

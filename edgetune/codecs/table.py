@@ -9,19 +9,32 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from edgetune.codecs.asi import Asi
 from edgetune.codecs.base import Codec, config_of
 from edgetune.codecs.dct import Dct
 from edgetune.codecs.dense import Dense
 from edgetune.codecs.hosvd import Hosvd
+from edgetune.codecs.hosvd_exact import HosvdExact
 from edgetune.codecs.recompute import Recompute
 from edgetune.codecs.svd import Svd
 from edgetune.codecs.threshold import Threshold
 from edgetune.codecs.wavelet import Db3, Haar
 from edgetune.errors import UsageError, choices
 
-CODECS: dict[str, Codec] = {
-    codec.name: codec for codec in (Dense(), Recompute(), Hosvd(), Svd(), Dct(), Haar(), Db3(), Threshold())
-}
+_ALL: tuple[Codec, ...] = (
+    Dense(),
+    Recompute(),
+    Hosvd(),
+    HosvdExact(),
+    Asi(),
+    Svd(),
+    Dct(),
+    Haar(),
+    Db3(),
+    Threshold(),
+)
+
+CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
 """Every codec with its default settings."""
 
 EXACT_AT_FULL_RANK = frozenset({"hosvd", "hosvd-exact", "asi", "svd"})

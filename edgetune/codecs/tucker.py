@@ -51,6 +51,18 @@ def emit_expand_positions(
     return x
 
 
+def emit_unfolding(g: Emitter, x: str, axis: int, axes: int) -> tuple[str, bool]:
+    """Emit the unfolding A of ``x`` along ``axis``, its extent n by all else; return its name, and whether it is Aᵀ.
+
+    Of the first axis and of the last one there is no copy.
+    """
+    if axis == axes - 1:
+        return str(g.op("Flatten", x, axis=axis, hint="columns")), True
+    if axis:
+        x = g.op("Transpose", x, perm=[axis, *(i for i in range(axes) if i != axis)], hint="first")
+    return str(g.op("Flatten", x, axis=1, hint="rows")), False
+
+
 def emit_matrix(g: Emitter, basis: str, size: int) -> str:
     """Emit a basis [1, size, r] as a matrix [size, r]."""
     return str(g.op("Reshape", basis, g.const([size, -1]), hint="basis"))
