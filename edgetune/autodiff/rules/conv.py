@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from edgetune.autodiff.builder import GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node
 from edgetune.autodiff.rule import Context, Rule, Stored, Want
-from edgetune.autodiff.rules.weight_gradient import emit_batch_rank, emit_weight_gradient
-from edgetune.codecs import Hosvd, Svd
+from edgetune.autodiff.rules.weight_gradient import emit_batch_rank, emit_weight_gradient, for_tucker
+from edgetune.codecs import Svd
 from edgetune.codecs.base import Use
 from edgetune.codecs.hosvd import emit_spatial
 
@@ -233,6 +233,6 @@ def _hosvd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: G
     return str(g.op("MatMul", g.op("Unsqueeze", basis, g.const([1]), hint="basis"), flat, hint="dw"))
 
 
-_IN_FACTORS = {Svd.name: _svd_weight_gradient, Hosvd.name: _hosvd_weight_gradient}
+_IN_FACTORS = {Svd.name: _svd_weight_gradient, **for_tucker(_hosvd_weight_gradient)}
 
 RULES = {"Conv": convolution_rule(Geometry.of, transposed_convolution, _weight_gradient)}

@@ -17,8 +17,8 @@ from edgetune.autodiff.builder import GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node
 from edgetune.autodiff.rule import Context, Stored
 from edgetune.autodiff.rules.conv import Geometry, convolution_rule, emit_batch_rank_of_image, weight_gradient_taps
-from edgetune.autodiff.rules.weight_gradient import emit_weight_gradient
-from edgetune.codecs import Hosvd, Svd
+from edgetune.autodiff.rules.weight_gradient import emit_weight_gradient, for_tucker
+from edgetune.codecs import Svd
 from edgetune.codecs.hosvd import emit_spatial
 from edgetune.errors import UnsupportedOperatorError
 
@@ -104,6 +104,6 @@ def _hosvd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: G
     return str(g.op("MatMul", stored.encoded.bases["c"], flat, hint="dw"))
 
 
-_IN_FACTORS = {Svd.name: _svd_weight_gradient, Hosvd.name: _hosvd_weight_gradient}
+_IN_FACTORS = {Svd.name: _svd_weight_gradient, **for_tucker(_hosvd_weight_gradient)}
 
 RULES = {"ConvTranspose": convolution_rule(_geometry, _convolution, _weight_gradient)}

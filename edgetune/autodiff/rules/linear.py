@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from edgetune.autodiff.builder import GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node
 from edgetune.autodiff.rule import Context, Rule, Stored, Want, unbroadcast
-from edgetune.autodiff.rules.weight_gradient import emit_batch_rank, emit_weight_gradient
-from edgetune.codecs import Hosvd, Svd
+from edgetune.autodiff.rules.weight_gradient import emit_batch_rank, emit_weight_gradient, for_tucker
+from edgetune.codecs import Svd
 from edgetune.codecs.base import Use
 from edgetune.codecs.hosvd import emit_batch_first
 from edgetune.codecs.tucker import emit_matrix, emit_project_positions
@@ -141,7 +141,7 @@ def _by_sample(g: GraphBuilder, stored: Stored, dy: str, layer: _Layer) -> str:
     return str(g.op("Reshape", dy, g.const([-1, math.prod(stored.saved.positions) * layer.outputs]), hint="dy_samples"))
 
 
-_IN_FACTORS = {Svd.name: _svd_weight_gradient, Hosvd.name: _hosvd_weight_gradient}
+_IN_FACTORS = {Svd.name: _svd_weight_gradient, **for_tucker(_hosvd_weight_gradient)}
 
 RULES = {
     "Gemm": Rule(_wants, _gemm, "its input, through a codec"),

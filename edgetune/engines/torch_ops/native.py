@@ -15,6 +15,7 @@ from onnx import FunctionProto, numpy_helper
 from torch import Tensor
 
 from edgetune.engines.torch_ops.base import Call, Kernel, pad_spatial
+from edgetune.engines.torch_ops.tucker import stored_modes, tucker_encoder
 
 
 def native_kernel(function: FunctionProto) -> Kernel | None:
@@ -29,7 +30,7 @@ def native_kernel(function: FunctionProto) -> Kernel | None:
 # ConvWeightGrad_<geometry>_w<outputs>x<inputs per group>_<codec>[_<letters of the bases>]
 _WEIGHT_GRADIENT = re.compile(
     r"ConvWeightGrad_g(?P<g>\d+)_i(?P<i>[\dx]+)_k(?P<k>[\dx]+)_s(?P<s>[\dx]+)_d(?P<d>[\dx]+)_p(?P<p>[\dx]+)"
-    r"_w(?P<w>\d+x\d+)_(?P<codec>dense|svd|hosvd)(?P<letters>(?:_[chw])*)"
+    r"_w(?P<w>\d+x\d+)_(?P<codec>dense|svd|hosvd_exact|hosvd|asi)(?P<letters>(?:_[chw])*)"
 )
 
 
@@ -42,10 +43,15 @@ def _weight_gradient(function: FunctionProto) -> Kernel | None:
     if found is None or len(function.output) != 1:
         return None
     letters = found["letters"].split("_")[1:]
-    inputs = {"dense": 2, "svd": 3, "hosvd": 3 + len(letters)}[found["codec"]]
     extents, (outputs, each) = _numbers(found["i"]), _numbers(found["w"])
     groups, spatial = int(found["g"]), len(extents)
-    if len(function.input) != inputs or (letters and (found["codec"] != "hosvd" or spatial != 2)):
+    if letters and (found["codec"] != "hosvd" or spatial != 2):
+        return None
+    exact = found["codec"] in ("hosvd_exact", "asi")  # their factors are stored, so the name does not tell them
+    if exact:
+        letters = [letter for letter in stored_modes([groups * each, *extents], groups) if letter != "b"]
+    inputs = {"dense": 2, "svd": 3}.get(found["codec"], 3 + len(letters))
+    if len(function.input) != inputs or (exact and spatial != 2):
         return None
     if math.prod(_numbers(found["k"])) == 1:
         return None  # one matrix product: the body is as fast
@@ -64,7 +70,7 @@ def _weight_gradient(function: FunctionProto) -> Kernel | None:
 
     # HOSVD paper, eq. 20 to 24; the core is [g, r2, r3, r1, r4]
     def hosvd(n: Call, dy: Tensor, factor: Tensor, core: Tensor, *given: Tensor) -> Tensor:
-        bases = dict(zip(letters, given, strict=True))
+        bases = dict(zip(letters, (basis.reshape(-1, *basis.shape[-2:]) for basis in given), strict=True))
         z = core @ bases["w"].transpose(1, 2) if "w" in bases else core
         z = z.permute(3, 0, 1, 2, 4)
         z = bases["h"] @ z if "h" in bases else z
@@ -76,7 +82,7 @@ def _weight_gradient(function: FunctionProto) -> Kernel | None:
         flat = z4.reshape(groups, outputs // groups, -1, math.prod(taps.kernel))
         return torch.matmul(bases["c"].unsqueeze(1), flat).reshape(shape)
 
-    kernels: dict[str, Kernel] = {"dense": dense, "svd": svd, "hosvd": hosvd}
+    kernels: dict[str, Kernel] = {"dense": dense, "svd": svd, "hosvd": hosvd, "hosvd_exact": hosvd, "asi": hosvd}
     return kernels[found["codec"]]
 
 
@@ -156,4 +162,4 @@ def _sign_pack(function: FunctionProto) -> Kernel | None:
     return pack if bounds else None
 
 
-_FINDERS: tuple[Callable[[FunctionProto], Kernel | None], ...] = (_weight_gradient, _sign_pack)
+_FINDERS: tuple[Callable[[FunctionProto], Kernel | None], ...] = (_weight_gradient, _sign_pack, tucker_encoder)
