@@ -16,6 +16,8 @@ from edgetune.codecs.base import Array, Emitter
 from edgetune.codecs.subspace import TINY, emit_orthonormal_columns, emit_unit_columns
 
 SWEEPS = 10
+# Eigenvalues that differ by less than this part of the largest one are the same in float32.
+NOISE = 1e-6
 _INT64, _FLOAT = 7, 1  # onnx.TensorProto.INT64 and FLOAT, which this room may not import
 
 
@@ -33,15 +35,16 @@ def emit_leading_eigenvectors(g: Emitter, gram: str, sketch: str) -> str:
     """
     # Scaled, so that the squares of the rows are far from the limits of float32.
     largest = g.op("ReduceMax", g.op("Abs", gram, hint="magnitudes"), keepdims=1, hint="largest")
-    rows = g.op("Div", gram, g.op("Max", largest, g.const(TINY), hint="largest"), hint="scaled")
+    scaled = g.op("Div", gram, g.op("Max", largest, g.const(TINY), hint="largest"), hint="scaled")
     ones = g.op("ReduceSum", g.op("EyeLike", gram, dtype=_FLOAT, hint="units"), g.const([1]), keepdims=0, hint="ones")
     numbers = g.op("CumSum", ones, g.const(np.array(0)), exclusive=1, hint="numbers")
     turns = g.op("Concat", *[numbers] * SWEEPS, axis=0, hint="turns")
-    rows, numbers = g.scan(_rotate_pairs, [(rows, 2), (numbers, 1)], [(turns, 0)], hint="orthogonal")
+    rows, numbers = g.scan(_rotate_pairs, [(scaled, 2), (numbers, 1)], [(turns, 0)], hint="orthogonal")
     # A row is now an eigenvector times its eigenvalue.
-    norms = g.op("ReduceL2", rows, g.const([1]), keepdims=1, hint="eigenvalues")
-    units = g.op("Div", rows, g.op("Max", norms, g.const(TINY), hint="norms"), hint="vectors")
-    leading = g.op("Gemm", units, _emit_selection(g, norms, numbers, sketch), transA=1, hint="leading")
+    values = g.op("ReduceL2", rows, g.const([1]), keepdims=1, hint="eigenvalues")
+    vectors = g.op("Div", rows, g.op("Max", values, g.const(TINY), hint="norms"), hint="vectors")
+    taken = _emit_selection(g, values, numbers, sketch)
+    leading = _emit_refined(g, scaled, vectors, values, taken)
     return emit_orthonormal_columns(g, leading, emit_unit_columns(g, sketch))
 
 
@@ -69,6 +72,30 @@ def _rotate_pairs(g: Emitter, states: Sequence[str], row: Sequence[str]) -> Sequ
     sine = g.op("Mul", tangent, cosine)
     rotated = g.op("Sub", g.op("Mul", rows, cosine), g.op("Mul", others, sine))
     return [rotated, g.op("Identity", numbers)]
+
+
+def _emit_refined(g: Emitter, gram: str, vectors: str, values: str, taken: str) -> str:
+    """Emit the ``vectors`` [n, n] (rows) that are ``taken`` [n, r], as columns [n, r], after one Newton step.
+
+    Thousands of rotations have left rounding errors. To first order the eigenvector next to x_i is
+
+        x_i + Σ_j x_j · x_jᵀ(G - λ_i)x_i / (λ_i - λ_j)
+
+    where a difference that is rounding noise counts as none.
+    """
+    rows = g.op("Gemm", taken, vectors, transA=1, hint="leading")
+    own = g.op("Gemm", taken, values, transA=1, hint="leading_values")
+    residual = g.op(
+        "Sub", g.op("MatMul", rows, gram, hint="image"), g.op("Mul", rows, own, hint="image"), hint="residual"
+    )
+    overlap = g.op("Gemm", residual, vectors, transB=1, hint="overlap")
+    difference = g.op("Sub", own, g.op("Transpose", values, perm=[1, 0], hint="values_t"), hint="difference")
+    noise = g.op("Mul", g.op("ReduceMax", values, keepdims=1, hint="largest"), g.const(NOISE), hint="noise")
+    squares = g.op("Add", g.op("Mul", difference, difference), g.op("Mul", noise, noise), hint="squares")
+    squares = g.op("Max", squares, g.const(TINY), hint="squares")
+    step = g.op("Mul", overlap, g.op("Div", difference, squares, hint="inverse"), hint="step")
+    refined = g.op("Add", rows, g.op("MatMul", step, vectors, hint="moved"), hint="refined")
+    return str(g.op("Transpose", refined, perm=[1, 0], hint="refined_t"))
 
 
 def _emit_selection(g: Emitter, values: str, numbers: str, sketch: str) -> str:

@@ -15,7 +15,7 @@ from edgetune.codecs import CODECS, Saved, captured_energy, codec_named
 from edgetune.codecs.asi import Asi
 from edgetune.codecs.base import Array, Source
 from edgetune.codecs.batch_tucker import BatchTucker, cut_axes
-from edgetune.codecs.eigen import emit_leading_eigenvectors
+from edgetune.codecs.eigen import emit_leading_eigenvectors, leading_eigenvectors
 from edgetune.codecs.hosvd_exact import HosvdExact
 from edgetune.codecs.subspace import emit_orthonormal_columns, emit_unit_columns, orthonormal_columns
 from edgetune.errors import DataError
@@ -190,6 +190,19 @@ def test_jacobi_finds_all_the_energy_that_is_to_be_had(kind: str, size: int, ran
     # The columns come in the order of what they hold.
     each = np.square(basis.T @ x).sum(axis=1)
     assert (np.diff(each) <= 1e-5 * energies.max()).all()
+
+
+@pytest.mark.parametrize("rank", [12, 64])
+def test_rounding_errors_of_thousands_of_rotations_do_not_add_up(rank: int) -> None:
+    """A flat spectrum has small gaps, which make the eigenvectors as sensitive as they get."""
+    rng = np.random.default_rng(6)
+    x = rng.standard_normal((128, 2000)).astype(np.float32)
+    g = GraphBuilder(taken={"gram", "sketch"})
+    name = emit_leading_eigenvectors(g, "gram", "sketch")
+    sketch = rng.standard_normal((128, rank)).astype(np.float32)
+    basis = run_graph(g, {"gram": x @ x.T, "sketch": sketch}, [name])[name].astype(np.float64)
+    exact = leading_eigenvectors(x.astype(np.float64) @ x.T, rank)
+    assert distance(basis @ (basis.T @ x), exact @ (exact.T @ x), x) <= 3e-6
 
 
 def test_equal_rows_are_rotated_too() -> None:
