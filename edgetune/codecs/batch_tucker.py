@@ -88,8 +88,10 @@ class BatchTucker(ABC):
         projected = emit_project(g, x, saved, bases)
         core, energy = emit_core(g, projected, factors["b"], x, saved)
         carried = {}
-        if self.source is Source.CARRIED:  # outputs of their own, although they are stored too
-            carried = {letter: g.op("Identity", factor, hint=f"next_{letter}") for letter, factor in factors.items()}
+        if self.source is Source.CARRIED:  # a batch with NaN costs its own step, not all that follow
+            for letter, factor in factors.items():
+                unknown = g.op("IsNaN", factor, hint="unknown")
+                carried[letter] = g.op("Where", unknown, inputs[letter], factor, hint=f"next_{letter}")
         others = (factor for letter, factor in factors.items() if letter != "b")
         return Encoded((factors["b"], core, *others), {}, energy, carried)
 

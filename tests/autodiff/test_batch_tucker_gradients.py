@@ -247,6 +247,7 @@ def test_a_native_encoder_passes_on_what_is_not_finite(codec: str) -> None:
     x[1, 2, 3, 4] = np.nan
     found = native(function, [x, *train.given(0.5).values()])
     assert not np.isfinite(found[len(train.encoded.stored)])
+    assert all(np.isfinite(factor).all() for factor in found[len(train.encoded.stored) + 1 :])
 
 
 @pytest.mark.parametrize("codec", CODECS)

@@ -297,7 +297,13 @@ def test_what_is_not_finite_is_refused_and_the_energy_tells(codec: BatchTucker, 
     x[2, 3, 1, 1] = value
     with pytest.raises(DataError, match="'a convolution' is not finite"):
         codec.encode(x, saved, given)
-    assert not np.isfinite(emitted(codec, x, saved, given)[0]["energy"])
+    made = emitted(codec, x, saved, given)[0]
+    assert not np.isfinite(made["energy"])
+    # What the next step starts from is finite, so that it can find a basis again.
+    carried = {letter: made[f"next_{letter}"] for letter in given if f"next_{letter}" in made}
+    assert list(carried) == (list(given) if codec.source is Source.CARRIED else [])
+    again = emitted(codec, decaying(saved, 6), saved, given | carried)[0]
+    assert 0.1 < again["energy"] < 1.0
 
 
 @pytest.mark.parametrize(
@@ -325,3 +331,21 @@ def test_they_are_in_the_table() -> None:
     assert CODECS["hosvd-exact"] == HosvdExact() == codec_named("hosvd-exact")
     assert CODECS["asi"] == Asi() == codec_named("asi")
     assert HosvdExact().lossy and Asi().lossy
+
+
+@pytest.mark.parametrize("name", ["hosvd", "svd"])
+def test_huge_activations_have_the_subspace_of_ordinary_ones(name: str) -> None:
+    """Images of the basis grow with the fourth power of the activation, and their squares must not overflow."""
+    saved, codec, rng = Saved("layer", (6, 4, 5)), CODECS[name], np.random.default_rng(3)
+    x = decaying(saved, 6)
+    given = {mode.letter: np.eye(mode.size or 1, dtype=np.float32)[None] for mode in codec.modes(saved)}
+    given["b"] = rng.standard_normal((6, 3)).astype(np.float32)
+    energies = []
+    for scale in (1.0, 1e15):
+        g = GraphBuilder(taken={"x", *given})
+        encoded = codec.emit_encode(g, "x", saved, {letter: letter for letter in given})
+        assert encoded.energy is not None
+        energies.append(float(run_graph(g, {"x": x * np.float32(scale), **given}, [encoded.energy])[encoded.energy]))
+    assert energies[1] == pytest.approx(energies[0], abs=1e-5)
+    best = np.linalg.svd(unfolded(x, 0), compute_uv=False) ** 2
+    assert energies[0] >= 0.95 * best[:3].sum() / best.sum()

@@ -59,7 +59,8 @@ def tucker_encoder(function: FunctionProto) -> Kernel | None:
         core = core.movedim(0, -2).contiguous()
         energy = (_square_norm(core) + TINY) / (_square_norm(x) + TINY)
         first, *others = factors.values()
-        carried = () if exact else tuple(factor.clone() for factor in factors.values())
+        pairs = () if exact else tuple(zip(factors.values(), given, strict=True))
+        carried = tuple(torch.where(factor.isnan(), before, factor) for factor, before in pairs)
         return (first, core, *others, energy, *carried)
 
     return encode
