@@ -20,7 +20,8 @@ class HosvdExact(BatchTucker):
     """The factor of a mode is the leading left singular vectors of that unfolding of X itself.
 
     They are found as eigenvectors of A·Aᵀ. In float32 this loses the directions whose singular values are below about
-    3e-4 of the largest; those hold less than 1e-7 of the energy each.
+    3e-4 of the largest; those hold less than 1e-7 of the energy each. For a batch [16, 512, 7, 7] the emitted encoder
+    takes 2 s of onnxruntime on one core, where ``hosvd`` takes 1.4 ms; torch, which has eigh, 26 ms (measured).
     """
 
     name = "hosvd-exact"

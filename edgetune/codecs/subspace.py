@@ -1,4 +1,4 @@
-"""The factor of the batch mode, found inside a step: a few rounds of subspace iteration on a small Gram matrix.
+"""Orthonormal bases found inside a step: of given columns, and of the leading subspace of a small Gram matrix.
 
 ONNX has no QR, SVD or eigen operator, so the orthonormalisation is Gram-Schmidt, one column at a time, in a Scan.
 Halko, Martinsson & Tropp 2011, algorithm 4.4 (randomised subspace iteration). Knows numpy and the emitter protocol.
