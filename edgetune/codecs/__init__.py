@@ -8,6 +8,8 @@ from edgetune.codecs.dct import Dct
 from edgetune.codecs.dense import Dense
 from edgetune.codecs.hosvd import Hosvd
 from edgetune.codecs.hosvd_exact import HosvdExact
+from edgetune.codecs.patch import Patch
+from edgetune.codecs.quantised import Int4, Int8
 from edgetune.codecs.recompute import Recompute
 from edgetune.codecs.sparse import Sparse, count_grid
 from edgetune.codecs.svd import Svd
@@ -26,7 +28,10 @@ __all__ = [
     "Haar",
     "Hosvd",
     "HosvdExact",
+    "Int4",
+    "Int8",
     "Mode",
+    "Patch",
     "Recompute",
     "Saved",
     "Source",

@@ -15,6 +15,8 @@ from edgetune.codecs.dct import Dct
 from edgetune.codecs.dense import Dense
 from edgetune.codecs.hosvd import Hosvd
 from edgetune.codecs.hosvd_exact import HosvdExact
+from edgetune.codecs.patch import Patch
+from edgetune.codecs.quantised import Int4, Int8
 from edgetune.codecs.recompute import Recompute
 from edgetune.codecs.svd import Svd
 from edgetune.codecs.threshold import Threshold
@@ -32,6 +34,9 @@ _ALL: tuple[Codec, ...] = (
     Haar(),
     Db3(),
     Threshold(),
+    Patch(),
+    Int8(),
+    Int4(),
 )
 
 CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
