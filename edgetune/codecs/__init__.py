@@ -6,6 +6,7 @@ from edgetune.codecs.asi import Asi
 from edgetune.codecs.base import Codec, Encoded, Mode, Saved, Source, StoredTensor, Use, captured_energy
 from edgetune.codecs.dct import Dct
 from edgetune.codecs.dense import Dense
+from edgetune.codecs.half import Half, opened
 from edgetune.codecs.hosvd import Hosvd
 from edgetune.codecs.hosvd_exact import HosvdExact
 from edgetune.codecs.patch import Patch
@@ -26,6 +27,7 @@ __all__ = [
     "Dense",
     "Encoded",
     "Haar",
+    "Half",
     "Hosvd",
     "HosvdExact",
     "Int4",
@@ -47,5 +49,6 @@ __all__ = [
     "identifier",
     "label_of",
     "menu_from",
+    "opened",
     "with_fallback",
 ]

@@ -219,8 +219,13 @@ class Codec(Protocol):
 
 
 def config_of(codec: Any) -> dict[str, Any]:
-    """Return the settings of a codec as plain JSON values: the fields of its dataclass."""
-    return dataclasses.asdict(codec)
+    """Return the settings of a codec as plain JSON values: the fields of its dataclass.
+
+    A codec that changes how another one stores holds it in its field ``inner``; the settings of both count as its own.
+    """
+    own = {field.name: getattr(codec, field.name) for field in dataclasses.fields(codec)}
+    inner = own.pop("inner", None)
+    return own if inner is None else {**config_of(inner), **own}
 
 
 def check_finite(x: Array, saved: Saved) -> None:

@@ -13,6 +13,7 @@ from edgetune.codecs.asi import Asi
 from edgetune.codecs.base import Codec, config_of
 from edgetune.codecs.dct import Dct
 from edgetune.codecs.dense import Dense
+from edgetune.codecs.half import FLOAT16, FLOAT32, Half
 from edgetune.codecs.hosvd import Hosvd
 from edgetune.codecs.hosvd_exact import HosvdExact
 from edgetune.codecs.patch import Patch
@@ -25,6 +26,7 @@ from edgetune.errors import UsageError, choices
 
 _ALL: tuple[Codec, ...] = (
     Dense(),
+    Half(Dense()),
     Recompute(),
     Hosvd(),
     HosvdExact(),
@@ -45,6 +47,10 @@ CODECS: dict[str, Codec] = {codec.name: codec for codec in _ALL}
 EXACT_AT_FULL_RANK = frozenset({"hosvd", "hosvd-exact", "asi", "svd"})
 """Lossy codecs that lose nothing (but rounding) where every rank is full."""
 
+_BOOLEANS = {"True": True, "False": False}
+STORAGE = "storage"
+"""The setting that every codec has: the type of the numbers that it stores, float32 or float16."""
+
 
 def codec_from(name: str, config: Mapping[str, Any]) -> Codec:
     """Return the codec called ``name`` with the settings ``config`` (those that are absent keep their defaults).
@@ -52,18 +58,19 @@ def codec_from(name: str, config: Mapping[str, Any]) -> Codec:
     Raises:
         UsageError: no such codec, no such setting, or a value that the setting cannot take; the choices are listed.
     """
-    if name not in CODECS:
-        raise UsageError(f"there is no codec '{name}'; choose one of: {choices(CODECS)}")
-    default: Any = CODECS[name]  # a dataclass, which its protocol cannot say
-    known = {field.name: type(getattr(default, field.name)) for field in dataclasses.fields(default)}
+    default, known = _known(name)
     for key, value in config.items():
         if key not in known:
-            settings = choices(known) if known else "none"
-            raise UsageError(f"the codec {name} has no setting '{key}'; it has: {settings}")
-        if type(value) is not known[key]:
-            raise UsageError(f"{key}={value!r} of the codec {name} should be of the type {known[key].__name__}")
-    codec: Codec = dataclasses.replace(default, **config)
-    return codec
+            raise UsageError(f"the codec {name} has no setting '{key}'; it has: {choices(known)}")
+        if type(value) is not type(known[key]):
+            raise UsageError(f"{key}={value!r} of the codec {name} should be of the type {type(known[key]).__name__}")
+    storage = config.get(STORAGE, known[STORAGE])
+    if storage not in (FLOAT32, FLOAT16):
+        raise UsageError(f"{STORAGE}={storage} of the codec {name}: choose one of: {choices((FLOAT16, FLOAT32))}")
+    if storage == FLOAT16 and isinstance(default, Recompute):
+        raise UsageError(f"the codec {name} stores nothing, so {STORAGE}={FLOAT16} means nothing; leave it away")
+    codec: Codec = dataclasses.replace(default, **{key: value for key, value in config.items() if key != STORAGE})
+    return Half(codec) if storage == FLOAT16 else codec
 
 
 def codec_named(text: str) -> Codec:
@@ -73,20 +80,26 @@ def codec_named(text: str) -> Codec:
         UsageError: as :func:`codec_from`, or it is not of this form.
     """
     name, _, settings = text.strip().partition(":")
-    if name not in CODECS:
-        raise UsageError(f"there is no codec '{name}'; choose one of: {choices(CODECS)}")
-    default: Any = CODECS[name]
+    _, known = _known(name)
     config: dict[str, Any] = {}
     for part in filter(None, settings.split(",")):
         key, equals, value = part.partition("=")
         if not equals:
             raise UsageError(f"'{part}' in the codec '{text}' is no setting; expected key=value, such as size=4")
-        kind: Any = type(getattr(default, key, ""))
+        kind: Any = type(known.get(key, ""))
         try:
-            config[key] = kind(value)
-        except ValueError:
+            config[key] = _BOOLEANS[value] if kind is bool else kind(value)
+        except (ValueError, KeyError):
             raise UsageError(f"{key}={value} of the codec {name} should be of the type {kind.__name__}") from None
     return codec_from(name, config)
+
+
+def _known(name: str) -> tuple[Any, dict[str, Any]]:
+    """Return the codec without its storage (a dataclass, which its protocol cannot say), and its default settings."""
+    if name not in CODECS:
+        raise UsageError(f"there is no codec '{name}'; choose one of: {choices(CODECS)}")
+    codec = CODECS[name]
+    return codec.inner if isinstance(codec, Half) else codec, {STORAGE: FLOAT32, **config_of(codec)}
 
 
 def menu_from(text: str) -> tuple[Codec, ...]:
@@ -105,7 +118,7 @@ def menu_from(text: str) -> tuple[Codec, ...]:
 
 def label_of(codec: Codec) -> str:
     """Return the shortest spelling of ``codec``: its name, and the settings that differ from the defaults."""
-    default = config_of(CODECS[codec.name])
+    _, default = _known(codec.name)
     settings = ",".join(f"{key}={value}" for key, value in config_of(codec).items() if value != default[key])
     return f"{codec.name}:{settings}" if settings else codec.name
 

@@ -19,7 +19,7 @@ from edgetune.codecs.eigen import emit_leading_eigenvectors, leading_eigenvector
 from edgetune.codecs.hosvd_exact import HosvdExact
 from edgetune.codecs.subspace import emit_orthonormal_columns, emit_unit_columns, orthonormal_columns
 from edgetune.errors import DataError
-from tests.codecs.test_codec_laws import KINDS, distance, run_graph, tensor
+from tests.codecs.test_codec_laws import run_graph
 
 BOTH: tuple[BatchTucker, ...] = (HosvdExact(), Asi())
 LAYERS = (

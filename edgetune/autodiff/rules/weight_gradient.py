@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from edgetune.autodiff.builder import GraphBuilder
 from edgetune.autodiff.rule import Context, Kept, Stored
-from edgetune.codecs import Asi, Hosvd, HosvdExact, identifier
+from edgetune.codecs import Asi, Hosvd, HosvdExact, identifier, opened
 from edgetune.codecs.base import Encoded
 from edgetune.codecs.batch_tucker import emit_as_hosvd
 
@@ -23,8 +23,8 @@ FactoredGradient = Callable[[GraphBuilder, Stored, str, Layer], str]
 def emit_weight_gradient(ctx: Context, kept: Kept, dy: str, label: str, rule: WeightGradient) -> str:
     """Emit dW as a call of one model-local function ``<label>`` per codec that a plan may choose.
 
-    ``rule`` emits the body. ``label`` must tell apart all that it depends on beyond the codec and its modes, which are
-    added here.
+    ``rule`` emits the body. It never meets a codec that stores float16: its tensors arrive as float32. ``label`` must
+    tell apart all that the rule depends on beyond the codec and its modes, which are added here.
     """
     return ctx.choose(kept.name, [_emit(ctx, stored, dy, label, rule) for stored in kept.options], "dw")
 
@@ -36,7 +36,8 @@ def _emit(ctx: Context, stored: Stored, dy: str, label: str, rule: WeightGradien
     def body(g: GraphBuilder, names: Sequence[str]) -> str:
         count = 1 + len(encoded.stored)
         local = Encoded(tuple(names[1:count]), dict(zip(letters, names[count:], strict=True)), None)
-        return rule(g, Stored(stored.codec, stored.saved, local), names[0])
+        codec, wide = opened(g, stored.codec, local, stored.saved)
+        return rule(g, Stored(codec, stored.saved, wide), names[0])
 
     inputs = [dy, *encoded.stored, *encoded.bases.values()]
     return ctx.function("_".join([label, identifier(stored.codec), *letters]), inputs, "dw", body)
