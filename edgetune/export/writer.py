@@ -17,7 +17,7 @@ from edgetune.autodiff.lowering import emit_node
 from edgetune.autodiff.memory import Option, Slot, TrainedLayer
 from edgetune.autodiff.reverse import emit_gradients
 from edgetune.bundle import GraphSpec, LayerSpec, ModeSpec, OptionSpec, SavedSpec, TensorSpec
-from edgetune.codecs import Codec, Dense, Mode, Source, label_of
+from edgetune.codecs import Codec, Dense, Mode, Source, count_grid, label_of
 from edgetune.codecs.base import config_of
 from edgetune.export.emit import Value, WeightFile, write_graph
 from edgetune.export.optimizers import emit_update, optimizer_named
@@ -225,7 +225,10 @@ def _run_time_input(slot: Slot, mode: Mode, name: str) -> Value:
 
 
 def _spectrum_shape(mode: Mode) -> tuple[int | str, ...]:
-    """Return the shape of what the calibrate graph tells of ``mode``: a Gram matrix per group."""
+    """Return the shape of what the calibrate graph tells of ``mode``: a Gram matrix per group, or energies by count."""
+    if mode.source is Source.COUNT:
+        assert mode.size is not None
+        return (1, len(count_grid(mode.size)) + 1)
     size: int | str = BATCH if mode.size is None else mode.size
     return (mode.groups, size, size)
 
