@@ -27,6 +27,7 @@ def export(
     last: int | str = 4,
     train: str | None = None,
     codec: str = "hosvd",
+    compress: str = "layers",
     loss: Any = "cross_entropy",
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] = (),
@@ -50,7 +51,10 @@ def export(
             sequence of them, or a mapping by the names of the inputs; None for ONNX and exported programs.
         last: how many weight layers before the head are trained, counted from the output; ``"all"``: every parameter.
         train: a regular expression instead: the parameters whose names it is found in.
-        codec: how their inputs are kept for the backward pass (``edgetune.codecs.CODECS``).
+        codec: how their inputs are kept for the backward pass (``edgetune.codecs.CODECS``); joined by ``+``, several
+            from which a plan chooses for every tensor.
+        compress: ``layers`` (their inputs), or ``all``: besides, whatever else the backward pass keeps (smooth
+            nonlinearities, attention); the error then travels to earlier layers.
         loss: the name of a loss, or a torch module ``(outputs, targets) -> scalar`` that is traced with the model;
             ``example_target`` is then a batch of its targets.
         class_weights: per class, for ``cross_entropy`` (``binary_cross_entropy``: weights of the positive answers).
@@ -68,6 +72,7 @@ def export(
         last=last,
         train=train,
         codec=codec,
+        compress=compress,
         loss=loss,
         label_smoothing=label_smoothing,
         class_weights=tuple(class_weights),

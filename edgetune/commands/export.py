@@ -39,7 +39,13 @@ def export(
     batch_norm: Annotated[
         str, typer.Option("--batch-norm", help="frozen, or trained (statistics of the batch in the trained part).")
     ] = "frozen",
-    codec: Annotated[str, typer.Option("--codec", help="How inputs are kept: dense, hosvd or svd.")] = "hosvd",
+    codec: Annotated[
+        str,
+        typer.Option("--codec", help="How inputs are kept (docs/codecs.md); several to choose from: hosvd+int8+dense."),
+    ] = "hosvd",
+    compress: Annotated[
+        str, typer.Option("--compress", help="layers: the inputs of trained layers; all: whatever is kept.")
+    ] = "layers",
     loss: Annotated[
         str,
         typer.Option(
@@ -89,6 +95,7 @@ def export(
         last=int(last) if last.lstrip("-").isdigit() else last,
         train=train,
         codec=codec,
+        compress=compress,
         loss=loss,
         label_smoothing=label_smoothing,
         class_weights=floats(class_weights, "--class-weights"),
