@@ -236,6 +236,8 @@ def train_model(
 ) -> onnx.ModelProto:
     """Return what was emitted into ``g`` as a flat model; ``inputs`` are the shapes by name, or arrays of them."""
     kinds = {"targets": TensorProto.INT64}
+    arrays = {name: value for name, value in inputs.items() if isinstance(value, np.ndarray)}
+    kinds |= {name: helper.np_dtype_to_tensor_dtype(value.dtype) for name, value in arrays.items()}
     dims = {name: value.shape if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
     constants = {**graph.constants, **g.constants}
     model = helper.make_model(
