@@ -133,5 +133,6 @@ def with_fallback(menu: tuple[Codec, ...]) -> tuple[Codec, ...]:
 
     What cannot be exact cannot satisfy every ε, and to know what it loses takes a gradient that loses nothing.
     """
-    exact = any(not codec.lossy or codec.name in EXACT_AT_FULL_RANK for codec in menu)
+    full = (codec.name in EXACT_AT_FULL_RANK and not isinstance(codec, Half) for codec in menu)
+    exact = any(full) or any(not codec.lossy for codec in menu)
     return menu if exact else (*menu, Dense())
