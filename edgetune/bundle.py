@@ -223,7 +223,8 @@ class SavedSpec:
 @dataclass(frozen=True)
 class LayerSpec:
     """One trained layer. ``input_shape`` excludes the batch; ``role`` is ``tail`` or ``head``; ``saved`` names the
-    :class:`SavedSpec` that holds its input."""
+    :class:`SavedSpec` that holds its input. ``weight`` is the trained tensor: the codes where an adapter computes the
+    weight from them."""
 
     name: str
     op: str
@@ -290,6 +291,51 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True)
+class AdapterMapSpec:
+    """One shared linear map [code, elements of a slice] that generates slices of the shape ``slice``.
+
+    A ``trained`` map is a parameter called ``name``. A fixed one is the tensor ``name`` in the file of weights or,
+    where ``bits`` is given, the binary map that the tensor ``bits`` holds packed (it follows from the adapter's seed).
+    """
+
+    name: str
+    slice: tuple[int, ...]
+    code: int
+    trained: bool
+    bits: str | None = None
+
+
+@dataclass(frozen=True)
+class AdaptedWeightSpec:
+    """A weight that is computed from trained ``codes`` [slices, code] and the map called ``map``. ``weight`` is the
+    model's own name, under which the file of weights holds the fixed part W₀ of a residual."""
+
+    weight: str
+    shape: tuple[int, ...]
+    codes: str
+    map: str
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """How weights of the tail are computed from fewer trained numbers: W₀ + csg(codes) if ``residual``, or csg(codes).
+
+    ``settings`` is the spelling that ``edgetune export --adapter`` takes, every setting written out.
+    """
+
+    settings: str
+    residual: bool
+    maps: tuple[AdapterMapSpec, ...]
+    weights: tuple[AdaptedWeightSpec, ...]
+
+    @property
+    def fixed(self) -> frozenset[str]:
+        """Names of the tensors in the file of weights that the weights are made of, besides what is trained."""
+        maps = {spec.bits or spec.name for spec in self.maps if not spec.trained}
+        return frozenset(maps | ({spec.weight for spec in self.weights} if self.residual else set()))
+
+
+@dataclass(frozen=True)
 class Manifest:
     """All that a device needs to know of a bundle beyond its weights.
 
@@ -299,6 +345,7 @@ class Manifest:
         classes: their names, where the model is a classifier; else empty.
         buffers: what a training step changes besides the parameters (the running statistics of trained batch-norm);
             shapes without a batch. The train graph reads ``<name>`` and returns ``new/<name>``.
+        adapter: what made weights of the tail computed ones, None if nothing did.
     """
 
     format_version: int
@@ -319,6 +366,7 @@ class Manifest:
     parameters: tuple[ParameterSpec, ...]
     graphs: Mapping[str, GraphSpec]
     buffers: tuple[TensorSpec, ...] = ()
+    adapter: AdapterSpec | None = None
     files: Mapping[str, str] = field(default_factory=dict)
 
     @property

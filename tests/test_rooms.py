@@ -41,10 +41,11 @@ TABLE = {
     "plain": Room(_words("errors")),
     "bundle": Room(_words("errors units plain"), _words("numpy safetensors")),
     "codecs": Room(_words("bundle errors units"), _words("numpy")),
+    "adapters": Room(_words("bundle errors"), _words("numpy safetensors")),
     "planning": Room(_words("bundle codecs errors units plain"), _words("numpy safetensors")),
     "autodiff": Room(_words("codecs errors units"), _words("numpy onnx onnx_ir")),
     "export": Room(
-        _words("bundle codecs planning autodiff errors units version"),
+        _words("bundle codecs adapters planning autodiff errors units version"),
         _words("numpy safetensors onnx onnx_ir"),
         lazy_libraries=_words("torch onnxscript flatbuffers"),
     ),
@@ -70,6 +71,7 @@ TABLE = {
 # Files and folders that may do more than their room: each runtime has one that speaks to it.
 FILES = {
     "engines/onnxruntime.py": _words("onnxruntime"),
+    "adapters/torch.py": _words("torch"),
     "engines/torch.py": _words("torch onnx"),
     "engines/torch_ops": _words("torch onnx"),
 }
@@ -174,7 +176,7 @@ def test_the_table_keeps_what_the_design_promises() -> None:
     assert all("commands" not in reach(room) for room in TABLE if room != "__main__")
     assert all("testing" not in reach(room) for room in TABLE)
     assert not reach("testing") & {"agent", "commands"}
-    device = _words("errors units plain bundle codecs planning engines telemetry agent")
+    device = _words("errors units plain bundle codecs adapters planning engines telemetry agent")
     for room in device:
         assert reach(room) <= device
         assert not (TABLE[room].libraries | TABLE[room].lazy_libraries) & set(HOST_LIBRARIES)
@@ -240,12 +242,12 @@ def test_an_allowed_import_is_left_alone(tmp_path: Path, file: str, source: str)
 
 
 def test_the_device_side_never_loads_what_only_the_host_has() -> None:
-    rooms = ("errors", "units", "bundle", "codecs", "planning", "engines", "telemetry", "agent", "commands")
+    rooms = ("errors", "units", "bundle", "codecs", "adapters", "planning", "engines", "telemetry", "agent", "commands")
     modules = []
     for file in sorted(PACKAGE.rglob("*.py")):
         parts = file.relative_to(PACKAGE.parent).with_suffix("").parts
-        # engines/torch*.py is for computers that have torch; __main__ would run the command line.
-        needs_torch = parts[1:3] in (("engines", "torch"), ("engines", "torch_ops"))
+        # These are for computers that have torch; __main__ would run the command line.
+        needs_torch = parts[1:3] in (("adapters", "torch"), ("engines", "torch"), ("engines", "torch_ops"))
         if len(parts) > 1 and parts[1] in rooms and parts[-1] != "__main__" and not needs_torch:
             modules.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     assert "edgetune.bundle" in modules
