@@ -41,6 +41,7 @@ def export(
     classes: Sequence[str] = (),
     mean: Sequence[float] = (),
     std: Sequence[float] = (),
+    adapter: str | None = None,
 ) -> Bundle:
     """Write the bundle of ``model`` to the directory ``output`` and return it opened.
 
@@ -61,6 +62,7 @@ def export(
         ignore_index: the label that does not count.
         outputs: names of the outputs to keep, the one for the loss first; by default the usual one.
         batch_norm: ``frozen`` (its statistics are constants), or ``trained`` (statistics of the batch, γ and β learn).
+        adapter: compute trained convolutions from fewer numbers, such as ``"csg"`` (``edgetune.adapters.parse``).
 
     Raises:
         EdgeTuneError: one of its kinds; nothing is left behind in ``output``.
@@ -86,6 +88,7 @@ def export(
         classes=tuple(classes),
         mean=tuple(mean),
         std=tuple(std),
+        adapter=adapter,
     )
     return export_bundle(model, output, options, signatures_of(example_input))
 

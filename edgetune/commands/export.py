@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgetune.commands import _ort_training
 from edgetune.errors import UsageError, choices
+
+if TYPE_CHECKING:
+    from edgetune.bundle import Manifest
 
 _MOST_NAMES = 8
 TARGETS = ("onnxruntime", _ort_training.NAME)
@@ -46,6 +49,14 @@ def export(
     compress: Annotated[
         str, typer.Option("--compress", help="layers: the inputs of trained layers; all: whatever is kept.")
     ] = "layers",
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            "--adapter",
+            help="Train convolutions through few numbers: csg or bcsg, with settings such as "
+            "csg:slice=16x16x3x3,code=128,map=learned|binary|FILE,residual=yes|no (docs/adapters.md).",
+        ),
+    ] = None,
     loss: Annotated[
         str,
         typer.Option(
@@ -96,6 +107,7 @@ def export(
         train=train,
         codec=codec,
         compress=compress,
+        adapter=adapter,
         loss=loss,
         label_smoothing=label_smoothing,
         class_weights=floats(class_weights, "--class-weights"),
@@ -128,3 +140,19 @@ def export(
     size_bytes = sum(file.stat().st_size for file in bundle.path.iterdir())
     method = bundle.manifest.made_by.partition("(")[2].rstrip(")")
     print(f"{bundle.path}: {format_bytes(size_bytes)}, captured by {method}; trained: {tensors}")
+    if bundle.manifest.adapter is not None:
+        print(_adapted(bundle.manifest))
+
+
+def _adapted(manifest: Manifest) -> str:
+    """Return one line on what the adapter did."""
+    import math
+
+    adapter = manifest.adapter
+    assert adapter is not None
+    shapes = {spec.name: spec.shape for spec in manifest.parameters}
+    weights = sum(math.prod(spec.shape) for spec in adapter.weights)
+    codes = sum(math.prod(shapes[spec.codes]) for spec in adapter.weights)
+    maps = sum(math.prod(shapes[spec.name]) for spec in adapter.maps if spec.trained)
+    beside = f" and {maps:,} of the shared map" if maps else ""
+    return f"{adapter.settings}: {len(adapter.weights)} convolutions, {weights:,} weights from {codes:,} codes{beside}"

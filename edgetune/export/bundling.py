@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from onnx import helper
 
+from edgetune.adapters.settings import AdapterSettings, parse
 from edgetune.autodiff.builder import OPSET
 from edgetune.autodiff.graph import ForwardGraph
 from edgetune.autodiff.losses import Loss, LossConfig, loss_from
@@ -33,6 +34,7 @@ from edgetune.bundle import (
 )
 from edgetune.codecs import label_of, menu_from, with_fallback
 from edgetune.errors import ExportError, UsageError, choices
+from edgetune.export.adapting import adapt
 from edgetune.export.canonical import canonicalise, fold_frozen
 from edgetune.export.capture import Captured, capture
 from edgetune.export.emit import WeightFile, belongs_in_file
@@ -54,6 +56,8 @@ attention, normalisations); that error travels on to earlier layers."""
 @dataclass(frozen=True)
 class ExportOptions:
     """What a user may choose; see ``edgetune export --help``.
+
+    ``adapter`` is a spelling that ``adapters.parse`` reads; None for none.
 
     ``loss`` is the name of a loss, a source as text (``file.py:factory``), or a torch module
     ``(outputs, targets) -> scalar``; ``target`` tells the shape of the targets of the latter two. ``train``, where it
@@ -78,6 +82,7 @@ class ExportOptions:
     classes: tuple[str, ...] = ()
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
+    adapter: str | None = None
 
     @property
     def traces_loss(self) -> bool:
@@ -93,12 +98,21 @@ class ExportOptions:
             ignore_index=self.ignore_index,
         )
 
+    def adapter_settings(self) -> AdapterSettings | None:
+        """Return the settings of the adapter.
+
+        Raises:
+            UsageError: they cannot be read.
+        """
+        return None if self.adapter is None else parse(self.adapter)
+
     def check(self) -> None:
         """Raise UsageError if a choice is unknown or out of range."""
         menu_from(self.codec)
         if self.compress not in COMPRESS:
             raise UsageError(f"what is compressed, '{self.compress}', is unknown; choose one of: {choices(COMPRESS)}")
         optimizer_named(self.optimizer)
+        self.adapter_settings()
         if self.batch_norm not in BATCH_NORMS:
             raise UsageError(f"batch-norm '{self.batch_norm}' is unknown; choose one of: {choices(BATCH_NORMS)}")
         if not self.traces_loss:
@@ -167,6 +181,8 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
     buffers = settle_batch_norm(
         graph, {layer.node for layer in selection.layers}, selection.parameters, batch_statistics=train_norms
     )
+    settings = options.adapter_settings()
+    selection, adapter = (selection, None) if settings is None else adapt(graph, selection, settings)
     loss = None if options.traces_loss else loss_from(options.loss_config())
     targets = _targets(graph, loss)
     split = split_graph(graph, selection.parameters)
@@ -176,7 +192,9 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
     weights.add(values | state)
     trunk_reads = {i for node in split.trunk_nodes for i in node.inputs}
     fixed = {k: v for k, v in graph.constants.items() if k in trunk_reads or k in split.tail.constants}
-    weights.add({k: v for k, v in fixed.items() if belongs_in_file(v) and k not in values and k not in state})
+    own = adapter.fixed if adapter else frozenset()
+    kept = {k: v for k, v in fixed.items() if belongs_in_file(v) or k in own}
+    weights.add({k: v for k, v in kept.items() if k not in values and k not in state})
     weights.write(root)
 
     menu = with_fallback(menu_from(options.codec))
@@ -209,6 +227,7 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
         parameters=_parameter_specs(selection, {p: v.shape for p, v in values.items()}),
         graphs=graphs,
         buffers=tuple(TensorSpec(b, v.shape) for b, v in state.items()),
+        adapter=adapter,
     )
 
 
