@@ -38,6 +38,7 @@ def inspect(
         "made_by": manifest.made_by,
         "format_version": manifest.format_version,
         "codec": manifest.codec,
+        "adapter": manifest.adapter.settings if manifest.adapter else None,
         "loss": {"kind": manifest.loss.kind, **manifest.loss.config},
         "optimizer": manifest.optimizer.kind,
         "inputs": {spec.name: list(spec.shape) for spec in manifest.inputs},
@@ -71,4 +72,6 @@ def inspect(
     numbers = sum(math.prod(spec.shape) for spec in manifest.parameters)
     others = len(trained) - sum(len(row["parameters"]) for row in layers)
     beside = f", {others} of them in no layer above (norms, embeddings, ...)" if others else ""
+    if manifest.adapter:
+        console.print(f"adapter {manifest.adapter.settings}", highlight=False)
     console.print(f"trained: {len(trained)} tensors{beside}, {numbers:,} numbers; {manifest.made_by}", highlight=False)
