@@ -2,12 +2,11 @@
 
     python tools/operators.py > docs/operators.md
 
-Everything is read from the tables that the code itself uses, so a new rule or codec needs no word here.
+Everything is read from the tables that the code itself uses, so a new rule needs no word here.
 """
 
 from __future__ import annotations
 
-import inspect
 import sys
 from pathlib import Path
 
@@ -17,7 +16,6 @@ if str(ROOT) not in sys.path:
 
 from edgetune.autodiff.linear import emit_linear  # noqa: E402
 from edgetune.autodiff.rules import RULES  # noqa: E402
-from edgetune.codecs import CODECS  # noqa: E402
 from edgetune.engines.torch_ops import OPERATORS  # noqa: E402
 
 OWN = {"Linear": emit_linear}
@@ -42,8 +40,8 @@ def markdown() -> str:
         "",
         "The second column is what stays in memory from the forward to the backward pass, once per tensor however many "
         "operators ask for it. Where a gradient needs less than the table says (a factor that is not trained, a "
-        "constant), less is kept. What goes *through a codec* is where a lossy codec saves memory; everything else is "
-        "exact.",
+        "constant), less is kept. What goes *through a codec* is where a lossy codec saves memory (docs/codecs.md); "
+        "everything else is exact.",
         "",
         "| operator | its backward pass keeps | runs in the torch engine |",
         "|---|---|---|",
@@ -51,15 +49,6 @@ def markdown() -> str:
         "",
         "`Linear` is this project's own: a product with a weight of two axes over inputs of three or more. It is "
         "written out as Flatten, Gemm and Reshape, which both engines run.",
-        "",
-        "## Codecs",
-        "",
-        "| codec | what it does | loses something |",
-        "|---|---|---|",
-        *(
-            f"| {name} | {_first_sentence(type(codec))} | {'below full rank' if codec.lossy else 'no'} |"
-            for name, codec in CODECS.items()
-        ),
         "",
         "## The torch engine alone",
         "",
@@ -69,12 +58,6 @@ def markdown() -> str:
         f"{', '.join(sorted(set(OPERATORS) - set(RULES)))}.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _first_sentence(codec: type) -> str:
-    """Return the first sentence of the codec's docstring, on one line."""
-    text = inspect.getdoc(codec) or ""
-    return " ".join(text.split("\n\n")[0].split()).split("; ")[0].rstrip(".")
 
 
 if __name__ == "__main__":
