@@ -14,16 +14,13 @@ ROOT = Path(__file__).resolve().parent.parent
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from edgetune.autodiff.linear import emit_linear  # noqa: E402
+from edgetune.autodiff.lowering import OWN  # noqa: E402
 from edgetune.autodiff.rules import RULES  # noqa: E402
 from edgetune.engines.torch_ops import OPERATORS  # noqa: E402
 
-OWN = {"Linear": emit_linear}
-"""Operators of this project alone: no graph in a bundle has one, because they are written out in standard ones."""
-
 
 def runs_in_torch(op: str) -> str:
-    """Return ``yes`` or ``no``, or for an operator of our own that it is written out before any engine sees it."""
+    """Return ``yes`` or ``no``, or for an operator that no bundle has that it is written out before."""
     return "written out" if op in OWN else "yes" if op in OPERATORS else "no"
 
 
@@ -48,7 +45,9 @@ def markdown() -> str:
         *(f"| {op} | {rule.doc} | {runs_in_torch(op)} |" for op, rule in sorted(RULES.items())),
         "",
         "`Linear` is this project's own: a product with a weight of two axes over inputs of three or more. It is "
-        "written out as Flatten, Gemm and Reshape, which both engines run.",
+        "written out as Flatten, Gemm and Reshape, which both engines run. `Gelu` (by erf or by tanh) and `Swish` "
+        "(SiLU) are recognised in whatever operators a model writes them, are one operator for the backward pass, and "
+        "are written out again too.",
         "",
         "## The torch engine alone",
         "",

@@ -4,6 +4,7 @@ ONNX defines some operators as functions of others; a runtime without a kernel f
 nodes lose their place in the emitted order. Measured with onnxruntime 1.31 and 1.23 on CPU, optimisations off: it has
 no kernel for HardSwish, Mish, GroupNormalization, CastLike, NegativeLogLikelihoodLoss and SoftmaxCrossEntropyLoss.
 BatchNormalization with ``training_mode`` is expanded because the backward pass wants what it computes in between.
+``OWN`` operators are kept whole inside the export alone and are expanded here for every graph that is written.
 
 Knows the builder and the shapes of the graph.
 """
@@ -21,6 +22,11 @@ from edgetune.autodiff.graph import ForwardGraph, Node
 from edgetune.autodiff.linear import emit_linear
 
 _FLOAT, _INT64 = 1, 7  # onnx.TensorProto
+
+OWN = ("Gelu", "Linear", "Swish")
+"""What no graph in a bundle has: Linear is this project's own, Gelu and Swish are of opsets 20 and 24."""
+GELU_TANH = (math.sqrt(2.0 / math.pi), math.sqrt(2.0 / math.pi) * 0.044715)
+"""Coefficients of x and x³ in the argument of tanh-GELU."""
 
 
 def batch_ones(g: GraphBuilder, tensor: str, shape: Sequence[int], to: int = _FLOAT) -> str:
@@ -53,6 +59,31 @@ def _mish(g: GraphBuilder, node: Node, graph: ForwardGraph) -> None:
     # y = x · tanh(softplus(x)): the operator's definition in the ONNX standard
     gate = g.op("Tanh", g.op("Softplus", node.inputs[0], hint=f"{node.name}.soft"), hint=f"{node.name}.gate")
     _last(g, node, "Mul", node.inputs[0], gate)
+
+
+def _gelu(g: GraphBuilder, node: Node, graph: ForwardGraph) -> None:
+    # y = x·(1 + erf(x/√2))/2, or with tanh(c·x + d·x³) in the place of erf: the operator's definition (opset 20).
+    # The order of the nodes is the one that onnxruntime knows as GELU where it may optimise, in trunks.
+    x = node.inputs[0]
+    if node.attributes["approximate"] == "tanh":
+        gate = g.op("Tanh", emit_gelu_argument(g, x, *GELU_TANH), hint=f"{node.name}.gate")
+    else:
+        gate = g.op("Erf", g.op("Div", x, g.const(math.sqrt(2.0))), hint=f"{node.name}.gate")
+    gate = g.op("Add", gate, g.const(1.0), hint=f"{node.name}.gate")
+    _last(g, node, "Mul", g.op("Mul", x, gate, hint=f"{node.name}.twice"), g.const(0.5))
+
+
+def emit_gelu_argument(g: GraphBuilder, x: str, linear: float, cubic: float) -> str:
+    """Emit linear·x + cubic·x³."""
+    factor = g.op("Mul", g.op("Mul", x, x, hint="square"), g.const(cubic), hint="factor")
+    return str(g.op("Mul", g.op("Add", factor, g.const(linear), hint="factor"), x, hint="argument"))
+
+
+def _swish(g: GraphBuilder, node: Node, graph: ForwardGraph) -> None:
+    # y = x·σ(αx): the operator's definition (opset 24)
+    x, alpha = node.inputs[0], float(node.attributes["alpha"])
+    argument = x if alpha == 1.0 else g.op("Mul", x, g.const(alpha), hint=f"{node.name}.argument")
+    _last(g, node, "Mul", x, g.op("Sigmoid", argument, hint=f"{node.name}.gate"))
 
 
 def _cast_like(g: GraphBuilder, node: Node, graph: ForwardGraph) -> None:
@@ -179,6 +210,7 @@ def _softmax_cross_entropy(g: GraphBuilder, node: Node, graph: ForwardGraph) -> 
 _LOWERED: dict[str, Callable[[GraphBuilder, Node, ForwardGraph], None]] = {
     "BatchNormalization": _batch_norm,
     "CastLike": _cast_like,
+    "Gelu": _gelu,
     "GroupNormalization": _group_norm,
     "HardSwish": _hard_swish,
     "Linear": lambda g, node, graph: emit_linear(g, node),
@@ -187,6 +219,7 @@ _LOWERED: dict[str, Callable[[GraphBuilder, Node, ForwardGraph], None]] = {
     "ReduceMean": _reduce,
     "ReduceSum": _reduce,
     "SoftmaxCrossEntropyLoss": _softmax_cross_entropy,
+    "Swish": _swish,
 }
 
 

@@ -7,6 +7,7 @@ Cases, in the order in which they are treated:
     4. a product with a weight of two axes, with its bias, becomes Gemm (two axes) or Linear (more)
     5. constants written out once per sample are shared (see ``broadcast``)
     6. the guard of attention against rows that are masked whole vanishes where nothing is masked
+    7. GELU and Swish become one node (see ``activations``)
 
 What follows from parameters stays as nodes, because they may be trained; :func:`fold_frozen` folds the rest once it is
 known which are. Batch-norm: see ``normalisation``. Knows onnx.
@@ -23,9 +24,11 @@ import onnx
 from onnx import helper, inliner, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from edgetune.autodiff.builder import OPSET
+from edgetune.autodiff.builder import OPSET, GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node, prune
+from edgetune.autodiff.lowering import emit_node
 from edgetune.errors import ExportError
+from edgetune.export.activations import with_whole_activations
 from edgetune.export.broadcast import share_constants
 from edgetune.export.capture import LOSS, Captured
 from edgetune.export.probe import BATCH_SCOPE, fold_shapes
@@ -33,7 +36,7 @@ from edgetune.export.shapes import infer_shapes
 
 
 def canonicalise(captured: Captured) -> ForwardGraph:
-    """Return the canonical graph of a captured model (cases 1-6).
+    """Return the canonical graph of a captured model (cases 1-7).
 
     Raises:
         ExportError: an input without a batch axis, an axis other than the batch whose extent is unknown, or samples
@@ -69,7 +72,8 @@ def canonicalise(captured: Captured) -> ForwardGraph:
     share_constants(graph, lambda node, inputs: np.asarray(_results(node, inputs, graph)[0]))
     graph.nodes = [_without_invented_bias(graph, node, own) for node in graph.nodes]
     graph.nodes = [_explicit(graph, node) for node in _without_transposed_inputs(graph)]
-    graph.nodes = _name_nodes(_with_linear_layers(_with_short_casts(_without_guards(graph), graph), graph))
+    layered = _with_linear_layers(_with_short_casts(_without_guards(graph), graph), graph)
+    graph.nodes = _name_nodes(with_whole_activations(layered, graph))
     graph.nodes = prune(graph.nodes, graph.wanted)
     _check_loss(graph)
     return graph
@@ -165,13 +169,19 @@ def _without_identities(nodes: list[Node], outputs: set[str]) -> tuple[list[Node
 
 
 def _results(node: Node, inputs: Mapping[str, Any], graph: ForwardGraph) -> list[Any]:
-    """Return what ``node`` computes from constants."""
+    """Return what ``node``, written out in standard operators, computes from constants."""
+    g = GraphBuilder(taken={*node.inputs, *node.outputs})
+    emit_node(g, node, graph)
     proto = helper.make_model(
-        helper.make_graph([node.to_proto()], "constant", [_typed(name, value) for name, value in inputs.items()], [
-            helper.make_tensor_value_info(name, graph.dtypes[name], None) for name in node.outputs
-        ]),
+        helper.make_graph(
+            g.nodes,
+            "constant",
+            [_typed(name, value) for name, value in inputs.items()],
+            [helper.make_tensor_value_info(name, graph.dtypes[name], None) for name in node.outputs],
+            [numpy_helper.from_array(value, name) for name, value in g.constants.items()],
+        ),
         opset_imports=[helper.make_opsetid("", OPSET)],
-    )  # fmt: skip
+    )
     results: Any = ReferenceEvaluator(proto).run(None, dict(inputs))
     return list(results)
 

@@ -152,8 +152,9 @@ def _cross_entropy(logits: Array, targets: Array) -> float:
 
 
 def _inferable(proto: onnx.NodeProto) -> onnx.NodeProto:
-    """Return a node of the same result shape: onnx does not infer that of GroupNormalization."""
-    return node("Relu", proto.input[:1], proto.output[0]) if proto.op_type == "GroupNormalization" else proto
+    """Return a node of the same result shape, where onnx does not infer it in the project's opset."""
+    unknown = ("GroupNormalization", "Gelu", "Swish")
+    return node("Relu", proto.input[:1], proto.output[0]) if proto.op_type in unknown else proto
 
 
 def forward_graph(

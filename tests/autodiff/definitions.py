@@ -96,6 +96,21 @@ class Erf(OpRun):
         return (special.erf(x),)
 
 
+class Gelu(OpRun):
+    op_domain = ""
+
+    def _run(self, x: Array, approximate: str = "none") -> tuple[Array]:
+        tanh = np.tanh(np.sqrt(2.0 / np.pi) * (x + 0.044715 * x**3))
+        return (0.5 * x * (1.0 + (tanh if approximate == "tanh" else special.erf(x / np.sqrt(2.0)))),)
+
+
+class Swish(OpRun):
+    op_domain = ""
+
+    def _run(self, x: Array, alpha: float = 1.0) -> tuple[Array]:
+        return (x * special.expit(alpha * x),)
+
+
 class LpNormalization(OpRun):
     op_domain = ""
 
@@ -117,4 +132,4 @@ class Pad(OpRun):
         return (padded[tuple(slice(max(-b, 0), n - max(-e, 0)) for b, e, n in zip(*both, padded.shape, strict=True))],)
 
 
-DEFINITIONS = [MaxPool, AveragePool, Erf, LpNormalization, Pad]
+DEFINITIONS = [MaxPool, AveragePool, Erf, Gelu, Swish, LpNormalization, Pad]

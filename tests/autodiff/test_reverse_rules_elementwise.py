@@ -48,6 +48,10 @@ ACTIVATIONS: dict[str, tuple[str, dict[str, Any], dict[str, float]]] = {
     "ThresholdedRelu": ("ThresholdedRelu", {"alpha": 0.4}, {}),
     "Shrink": ("Shrink", {"lambd": 0.3, "bias": 0.1}, {}),
     "Mish": ("Mish", {}, {}),
+    "Gelu": ("Gelu", {"approximate": "none"}, {}),
+    "Gelu-tanh": ("Gelu", {"approximate": "tanh"}, {}),
+    "Swish": ("Swish", {"alpha": 1.0}, {}),
+    "Swish-steep": ("Swish", {"alpha": 1.702}, {}),
     "Identity": ("Identity", {}, {}),
     "Neg": ("Neg", {}, {}),
     "Abs": ("Abs", {}, {}),
@@ -64,6 +68,14 @@ def test_activations(name: str, shape: tuple[int, ...]) -> None:
     op, attributes, bounds = ACTIVATIONS[name]
     constants = {key: number(value) for key, value in bounds.items() if key}
     check_gradients([node(op, ["a", *bounds], **attributes)], shape, {}, constants, scale=0.2 if op == "Exp" else 1.0)
+
+
+@FEW
+@given(shape=st.lists(EXTENT, min_size=1, max_size=3), scale=st.sampled_from([0.05, 1.0, 4.0]))
+@pytest.mark.parametrize("name", ["Gelu", "Gelu-tanh", "Swish", "Swish-steep"])
+def test_activations_that_are_written_out(name: str, shape: list[int], scale: float) -> None:
+    op, attributes, _ = ACTIVATIONS[name]
+    check_gradients([node(op, ["a"], **attributes)], shape, scale=scale)
 
 
 @pytest.mark.parametrize("op", ["Sqrt", "Reciprocal", "Log"])

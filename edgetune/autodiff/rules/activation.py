@@ -13,6 +13,7 @@ import numpy as np
 
 from edgetune.autodiff.builder import GraphBuilder
 from edgetune.autodiff.graph import ForwardGraph, Node
+from edgetune.autodiff.lowering import GELU_TANH, emit_gelu_argument
 from edgetune.autodiff.rule import Context, Rule, Want, nothing, unbroadcast
 from edgetune.codecs.base import Use
 from edgetune.codecs.sign import POSITIVE, Interval
@@ -224,6 +225,43 @@ def _hard_swish(g: GraphBuilder, x: str, node: Node) -> str:
     return str(g.op("Where", below, g.const(0.0), slope, hint="slope"))
 
 
+# Gelu and Swish keep x alone. Below, every tensor of x's size counts: dy and three more are alive at most if this rule
+# is the last reader of x, because x is read first and nothing is held that the next node does not need.
+
+
+# Swish: y = x·σ(αx). With n = -αx and c = σ(n) = 1 - σ(αx): slope σ(αx)·(1 + αx·c) = (1 - c)·(1 - n·c)
+def _swish(g: GraphBuilder, x: str, node: Node) -> str:
+    alpha = float(node.attributes["alpha"])
+    n = g.op("Neg", x, hint="n") if alpha == 1.0 else g.op("Mul", x, g.const(-alpha), hint="n")
+    c = g.op("Sigmoid", n, hint="c")
+    bend = g.op("Sub", g.const(1.0), g.op("Mul", n, c, hint="bend"), hint="bend")
+    return str(g.op("Mul", bend, g.op("Sub", g.const(1.0), c, hint="gate"), hint="slope"))
+
+
+# Gelu: y = x·Φ(x); slope Φ(x) + x·φ(x), where φ(x) = exp(-x²/2)/√(2π) and Φ(x) = (1 + erf(x/√2))/2
+def _gelu(g: GraphBuilder, x: str, node: Node) -> str:
+    if node.attributes["approximate"] == "tanh":
+        return _gelu_tanh(g, x)
+    square = g.op("Mul", g.op("Mul", x, x, hint="square"), g.const(-0.5), hint="square")
+    bell = g.op("Mul", g.op("Exp", square, hint="bell"), g.const(1.0 / math.sqrt(2.0 * math.pi)), hint="bell")
+    bell = g.op("Mul", bell, x, hint="bell")
+    share = g.op("Erf", g.op("Mul", x, g.const(math.sqrt(0.5)), hint="share"), hint="share")
+    share = g.op("Mul", g.op("Add", share, g.const(1.0), hint="share"), g.const(0.5), hint="share")
+    return str(g.op("Add", bell, share, hint="slope"))
+
+
+# by tanh: (1 + tanh(u))/2 = σ(2u), so y = x·σ(2u) with 2u = a·x + b·x³. With n = -2u and c = σ(n): slope
+# (1 - c)·(1 + c·x·(2u)'), where x·(2u)' = a·x + 3b·x³ = -3n - 2a·x
+def _gelu_tanh(g: GraphBuilder, x: str) -> str:
+    a, b = (2.0 * coefficient for coefficient in GELU_TANH)
+    n = emit_gelu_argument(g, x, -a, -b)
+    third = g.op("Add", g.op("Mul", x, g.const(2.0 * a / 3.0), hint="third"), n, hint="third")
+    c = g.op("Sigmoid", n, hint="c")
+    bend = g.op("Mul", g.op("Mul", third, c, hint="bend"), g.const(-3.0), hint="bend")
+    bend = g.op("Add", bend, g.const(1.0), hint="bend")
+    return str(g.op("Mul", bend, g.op("Sub", g.const(1.0), c, hint="gate"), hint="slope"))
+
+
 def _identity(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
     return {0: dy}
 
@@ -246,5 +284,7 @@ RULES = {
     "Softsign": smooth(_softsign, of_output=True),
     "Mish": smooth(_mish, of_output=False),
     "HardSwish": smooth(_hard_swish, of_output=False),
+    "Gelu": smooth(_gelu, of_output=False),
+    "Swish": smooth(_swish, of_output=False),
     "Identity": Rule(nothing, _identity, "nothing"),
 }
