@@ -15,8 +15,11 @@ _SCALE_PER_CHANNEL = 21  # GroupNormalization has one scale per channel from tha
 
 
 def expand_newer(model: onnx.ModelProto, version: int) -> None:
-    """Replace in ``model``, of opset ``version``, in place: Gelu (new in opset 20) and GroupNormalization (no shape
-    inference in 18, no converter from 21)."""
+    """Replace in ``model``, of opset ``version``, in place: Gelu (new in opset 20), Swish (new in opset 24) and
+    GroupNormalization (no shape inference in 18, no converter from 21).
+
+    The first two become one node again in the canonical graph (``activations``), which has no converter to pass.
+    """
     graph = model.graph
     taken = {name for node in graph.node for name in [*node.input, *node.output]}
     nodes: list[onnx.NodeProto] = []
@@ -34,6 +37,8 @@ def expand_newer(model: onnx.ModelProto, version: int) -> None:
     for node in list(graph.node):
         if node.op_type == "Gelu":
             _gelu(node, make, const)
+        elif node.op_type == "Swish":
+            _swish(node, make, const)
         elif node.op_type == "GroupNormalization":
             _group_norm(node, make, const, version)
         else:
@@ -53,6 +58,14 @@ def _gelu(node: onnx.NodeProto, make: Callable[..., str], const: Callable[[objec
         inner = make("Erf", make("Mul", x, const(np.float32(math.sqrt(0.5)))))
     share = make("Mul", make("Add", inner, const(np.float32(1.0))), const(np.float32(0.5)))
     make("Mul", x, share, output=node.output[0])
+
+
+def _swish(node: onnx.NodeProto, make: Callable[..., str], const: Callable[[object], str]) -> None:
+    # y = x·σ(αx)
+    x = node.input[0]
+    alpha = next((a.f for a in node.attribute if a.name == "alpha"), 1.0)
+    gate = make("Sigmoid", x if alpha == 1.0 else make("Mul", x, const(np.float32(alpha))))
+    make("Mul", x, gate, output=node.output[0])
 
 
 def _group_norm(node: onnx.NodeProto, make: Callable[..., str], const: Callable[[object], str], version: int) -> None:
