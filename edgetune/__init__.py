@@ -13,10 +13,11 @@ from edgetune.version import __version__
 
 if TYPE_CHECKING:
     from edgetune.bundle import Array, Bundle
+    from edgetune.engines.certificate import Certificate
     from edgetune.engines.session import TrainingSession
     from edgetune.planning.plan import Plan
 
-__all__ = ["TrainingSession", "__version__", "export", "open_bundle", "plan"]
+__all__ = ["Certificate", "TrainingSession", "__version__", "export", "open_bundle", "plan"]
 
 
 def export(
@@ -136,6 +137,10 @@ def plan(
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Certificate":
+        from edgetune.engines.certificate import Certificate
+
+        return Certificate
     if name == "TrainingSession":
         from edgetune.engines.session import TrainingSession
 

@@ -14,6 +14,7 @@ from edgetune.bundle import Manifest
 from edgetune.engines import heap
 from edgetune.errors import BudgetError
 from edgetune.planning.plan import Plan, make_plan
+from edgetune.planning.rebase import rebased, suffices
 from edgetune.planning.spectra import Calibration, identity_calibration
 
 ALWAYS_THERE = ("runtime", "weights", "parameters", "optimizer", "bases")
@@ -55,6 +56,25 @@ class Budgeter:
         """Plan anew for a new calibration, with the correction known so far; return the plan in force."""
         self.plan = self._make(calibration, self.plan.correction_bytes, self._epsilon())
         return self.plan
+
+    def refresh(self, calibration: Calibration) -> Plan:
+        """Take the bases of newer data; where the ranks in force no longer keep the plan's ε of it, plan anew.
+
+        A given ε that no longer fits the budget yields to it. Raises no BudgetError: the old ranks fit as before.
+        """
+        kept = rebased(self.manifest, self.plan, calibration)
+        if suffices(self.manifest, self.plan, calibration):
+            self.plan = kept
+            return kept
+        try:
+            return self.replan(calibration)
+        except BudgetError:
+            self._yielded = self.request.epsilon is not None
+        try:
+            return self.replan(calibration)
+        except BudgetError:  # the budget is kept by a narrow margin that no new plan may use; this one needs no more
+            self.plan = kept
+            return kept
 
     def settle(self, resident_bytes: int) -> Plan | None:
         """Plan anew if more is resident between two phases than the lines that are always there; else return None.

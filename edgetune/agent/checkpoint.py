@@ -24,7 +24,7 @@ from edgetune.agent.storage import guard
 from edgetune.bundle import Array, sha256_of, sync_directory
 from edgetune.errors import StateError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d{8,})\.([0-9a-f]{64})\.safetensors")
 _PIECE_BYTES = 1 << 20

@@ -76,6 +76,18 @@ class Feeder:
         fed.labels = np.array([sample.label for sample in fed.samples], np.int64)
         return fed
 
+    def batches(
+        self, samples: Iterable[Sample], count: int, session: Session, micro_batch: int
+    ) -> Iterator[tuple[Array, ...]]:
+        """Yield the features of ``samples``, ``count`` at a time; those that cannot be read are left out."""
+        rows = iter(samples)
+        while True:
+            fed = self.feed(lambda: next(rows, None), count, session, micro_batch)
+            if not fed.samples:
+                return
+            yield fed.features
+            del fed  # before the next batch is made
+
     def images(self, samples: Iterable[Sample], micro_batch: int) -> Iterator[Fed]:
         """Yield decoded samples by the micro-batch: ``features`` is then the one array of images."""
         rows = iter(samples)

@@ -24,8 +24,8 @@ from edgetune.agent.intake import Intake
 from edgetune.agent.journal import Journal
 from edgetune.agent.keeper import Keeper
 from edgetune.agent.ledger import Ledger
-from edgetune.agent.monitor import EnergyMonitor
 from edgetune.agent.parts import Parts, real_parts
+from edgetune.agent.refresher import Refresher
 from edgetune.agent.signals import stopping_on_signals
 from edgetune.agent.sources import FolderSource
 from edgetune.agent.state import StateDirectory
@@ -33,6 +33,7 @@ from edgetune.agent.supply import Supply
 from edgetune.agent.view import Snapshot, View, make_view
 from edgetune.bundle import Array, Bundle
 from edgetune.engines.calibration import calibrate
+from edgetune.engines.certificate import Certificate
 from edgetune.errors import BudgetError, DataError, StorageError
 from edgetune.planning.plan import Plan
 from edgetune.telemetry.runlog import RunLog
@@ -106,7 +107,7 @@ class Agent:
             config, intake, ledger, journal, batch=self.batch, seed=self.seed,
             stopping=lambda: self.stop_reason is not None,
         )  # fmt: skip
-        self.monitor = EnergyMonitor()
+        self.refresher = Refresher(bundle.manifest, journal)
         self.step = 0
         self.accuracy_before: float | None = None
         self.accuracy: float | None = None
@@ -211,7 +212,9 @@ class Agent:
             return
         started = time.perf_counter()
         self.parts.meter.reset()
-        calibration = calibrate(self.session, self.bundle.manifest, self._first_features())
+        calibration = calibrate(
+            self.session, self.bundle.manifest, self._next_features(self.config.calibration_batches)
+        )
         self.keeper.set_calibration(self.step, calibration)
         if calibration is not None:
             self.journal.event(
@@ -220,6 +223,7 @@ class Agent:
                 seconds={"calibrate": round(time.perf_counter() - started, 6)},
             )  # fmt: skip
         self._use(self.budgeter.replan(calibration), "planned", "first plan")
+        self.refresher.restart(self.budgeter.plan)
         self.accuracy_before = self._evaluate()
         self._settle()
         self._save(evaluate=False)
@@ -232,19 +236,16 @@ class Agent:
         if meter.resettable is not False and (plan := self.budgeter.settle(meter.peak_bytes())) is not None:
             self._use(plan, "planned", "with the memory that is resident after the calibration")
 
-    def _first_features(self) -> Iterator[tuple[Array, ...]]:
-        rows = iter(self.supply.preview(self.batch * self.config.calibration_batches))
-        while True:
-            fed = self.feeder.feed(lambda: next(rows, None), self.batch, self.session, self.budgeter.plan.micro_batch)
-            if not fed.samples:
-                return
-            yield fed.features
+    def _next_features(self, batches: int) -> Iterator[tuple[Array, ...]]:
+        """Yield the features of the next ``batches`` batches, which stay to be trained."""
+        rows = self.supply.preview(self.batch * batches)
+        return self.feeder.batches(rows, self.batch, self.session, self.budgeter.plan.micro_batch)
 
     def _resume(self, tensors: Mapping[str, Array], position: Mapping[str, Any]) -> None:
         """Go on from a checkpoint: with its plan where the request is the same, else with a new one."""
         self.step = int(position["step"])
         self.accuracy_before, self.accuracy = position["accuracy_before"], position["accuracy"]
-        self.monitor = EnergyMonitor.from_plain(position["monitor"])
+        self.refresher.certificate = Certificate.from_plain(position["certificate"])
         calibration = self.keeper.calibration
         if position["request"] == dataclasses.asdict(self.budgeter.request):
             plan = self.budgeter.adopt(Plan.from_json(position["plan"]), calibration, corrected=position["corrected"])
@@ -252,12 +253,14 @@ class Agent:
             self._in_session = plan
         else:
             self._use(self.budgeter.replan(calibration), "planned", "the budget or epsilon asked for has changed")
-            self.monitor.restart()
+            self.refresher.restart(self.budgeter.plan)
         self.session.load_state(dict(tensors))
 
     # ---- one step -------------------------------------------------------------------------------------------------
     def _train_step(self) -> bool:
         """Train on the next batch; return whether a step was made (not if the batch was bad)."""
+        if self.refresher.due:
+            self._refresh()
         started = time.perf_counter()
         meter, plan, epoch = self.parts.meter, self.budgeter.plan, self.supply.epoch
         meter.reset()
@@ -289,7 +292,8 @@ class Agent:
         )  # fmt: skip
         energy = {name: float(value) for name, value in report.energy.items() if math.isfinite(value)}
         self._check_memory(measured_bytes, resettable=meter.resettable is not False)
-        self._check_energy(fed, energy)
+        if len(fed.samples) == self.batch:  # a shorter one says less, and its batch rank is nearly full
+            self.refresher.observe(self.step, energy, self.budgeter.plan)
         taken_seconds = time.perf_counter() - started
         self._mean_seconds += (taken_seconds - self._mean_seconds) * (0.1 if self._mean_seconds else 1.0)
         self._now.epoch, self._now.loss, self._now.accuracy = epoch, report.loss, accuracy
@@ -313,27 +317,21 @@ class Agent:
             plan = self.budgeter.correct(measured_bytes)
             self._use(plan, "planned", "corrected by the first measured step", measured_peak_bytes=measured_bytes)
         if self.budgeter.plan.ranks != old.ranks:
-            self.monitor.restart()
+            self.refresher.restart(self.budgeter.plan)
 
-    def _check_energy(self, fed: Fed, energy: Mapping[str, float]) -> None:
-        """Refresh the bases when they no longer fit the data."""
-        due = self.monitor.observe(energy)
-        # A short batch says too little of the batch mode; the next full one will do.
-        if due is None or len(fed.samples) < self.batch:
+    def _refresh(self) -> None:
+        """Measure new bases on the batches that come next: the one in which they fell may hold old and new data."""
+        if len(self.supply.preview(self.batch)) < self.batch:
+            return  # too little data to tell
+        features = self._next_features(self.refresher.batches(self.batch, self.config.calibration_batches))
+        calibration = self.refresher.measure(self.step, self.session, self.parts.meter, features)
+        if calibration is None:
             return
-        reason = (
-            f"the captured energy of {due} fell to {self.monitor.mean[due]:.4f} from {self.monitor.baseline[due]:.4f}"
-        )
-        rest = iter(fed.samples)
-        again = self.feeder.feed(
-            lambda: next(rest, None), len(fed.samples), self.session, self.budgeter.plan.micro_batch
-        )
-        if len(again.samples) < self.batch:
-            return
-        calibration = calibrate(self.session, self.bundle.manifest, [again.features])
+        old, plan = self.budgeter.plan, self.budgeter.refresh(calibration)
         self.keeper.set_calibration(self.step, calibration)
-        self._use(self.budgeter.replan(calibration), "refresh", reason)
-        self.monitor.restart()
+        reason, figures = self.refresher.refreshed(old, plan)
+        self._use(plan, "refresh", reason, **figures)
+        release_memory()
 
     def _use(self, plan: Plan, event: str, reason: str, **fields: Any) -> None:
         """Log a plan that came into force and hand it to the session."""
@@ -355,7 +353,7 @@ class Agent:
         else:  # the disk never took a checkpoint: begin again from the exported weights
             self.step = 0
             self._make_session()
-            self.monitor.restart()
+            self.refresher.restart(self.budgeter.plan)
         self._bad_batches += 1
         if self._bad_batches >= MOST_BAD_BATCHES:
             raise DataError(
@@ -396,7 +394,7 @@ class Agent:
             "plan": self.budgeter.plan.to_json(),
             "request": dataclasses.asdict(self.budgeter.request),
             "corrected": self.budgeter.corrected,
-            "monitor": self.monitor.to_plain(),
+            "certificate": self.refresher.certificate.to_plain(),
             "accuracy_before": self.accuracy_before,
             "accuracy": self.accuracy,
         }
@@ -411,5 +409,6 @@ class Agent:
         now.step, now.heldout_accuracy, now.epsilon = self.step, self.accuracy, plan.epsilon
         now.predicted_peak_bytes = plan.predicted_peak_bytes
         now.steps_per_second = 1 / self._mean_seconds if self._mean_seconds else 0.0
+        now.refreshes = self.refresher.certificate.refreshes
         now.quarantined = self.supply.quarantined
         self.journal.view.update(now)

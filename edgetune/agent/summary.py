@@ -9,6 +9,7 @@ from typing import Any
 from edgetune.agent import checkpoint as checkpoints
 from edgetune.agent.ledger import STATUSES, Ledger
 from edgetune.agent.state import read_identity
+from edgetune.engines.certificate import Certificate
 from edgetune.errors import StateError
 from edgetune.telemetry import runlog
 
@@ -20,7 +21,8 @@ def status(path: Path) -> dict[str, Any]:
 
     Keys: state, model, bundle, batch, seed, step (of the newest intact checkpoint; None: none yet), logged_step (the
     last step in the log), accuracy_before, accuracy (held out), samples (per ledger status), quarantined (the last ten:
-    path and reason), plan, last_event.
+    path and reason), plan, energy (captured, per saved tensor: promised and measured), refreshes (of the bases, up to
+    that step), last_event.
 
     Raises:
         StateError: not a state directory, or damaged.
@@ -32,6 +34,7 @@ def status(path: Path) -> dict[str, Any]:
         if checkpoints.verified(file):
             position, step = checkpoints.read_position(file), number
             break
+    certificate = Certificate.from_plain(position["certificate"]) if "certificate" in position else None
     counts, quarantined = _samples(path)
     last_event, logged_step = None, None
     for record in runlog.read(path / "log.jsonl"):
@@ -52,6 +55,8 @@ def status(path: Path) -> dict[str, Any]:
         "samples": counts,
         "quarantined": quarantined,
         "plan": json.loads(position["plan"]) if "plan" in position else None,
+        "energy": {} if certificate is None else certificate.standing(),
+        "refreshes": 0 if certificate is None else certificate.refreshes,
         "last_event": last_event,
     }
 
@@ -61,8 +66,9 @@ def report(path: Path) -> dict[str, Any]:
 
     Keys: state, model, steps, samples, epochs, predicted_peak_bytes and measured_peak_bytes (their maxima over the
     steps), budget_bytes (the last one), over_budget_steps, budget_kept (None without a budget), loss_first, loss_last,
-    accuracy_before, accuracy, evaluations, epsilon_least, epsilon_last, energy_least (captured), seconds (per phase,
-    summed), events (how many of each kind).
+    accuracy_before, accuracy, evaluations, epsilon_least, epsilon_last, energy_least (captured), refreshes (of the
+    bases: how many were made, mended the energy, fell short, failed), seconds (per phase, summed), events (how many of
+    each kind).
 
     Raises:
         StateError: not a state directory, or nothing was logged.
@@ -105,6 +111,12 @@ def report(path: Path) -> dict[str, Any]:
         "epsilon_least": min(epsilons, default=None),
         "epsilon_last": epsilons[-1] if epsilons else None,
         "energy_least": min(energies, default=None),
+        "refreshes": {
+            "made": events.get("refresh", 0),
+            "mended": events.get("energy_mended", 0),
+            "short": events.get("energy_short", 0),
+            "failed": events.get("refresh_failed", 0),
+        },
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
         "events": events,
     }

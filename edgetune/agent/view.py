@@ -29,6 +29,7 @@ class Snapshot:
     budget_bytes: int | None = None
     epsilon: float | None = None
     energy: float | None = None
+    refreshes: int = 0
     quarantined: int = 0
     steps_per_second: float = 0.0
 
@@ -143,5 +144,6 @@ def _lines(now: Snapshot) -> Iterable[tuple[str, str]]:
         f"{budget}",
     )
     if now.epsilon is not None:
-        yield "ε", f"{now.epsilon:.4f}" + ("" if now.energy is None else f" (captured energy {now.energy:.4f})")
+        captured = "" if now.energy is None else f" (captured energy {now.energy:.4f}, {now.refreshes} refreshes)"
+        yield "ε", f"{now.epsilon:.4f}{captured}"
     yield "quarantined", str(now.quarantined)

@@ -45,6 +45,8 @@ def report(
     )
     table.add_row("ε", f"{number(found['epsilon_least'], '.4f')} least, {number(found['epsilon_last'], '.4f')} last")
     table.add_row("captured energy", f"{number(found['energy_least'], '.4f')} least")
+    refreshes = found["refreshes"]
+    table.add_row("refreshes", f"{refreshes['made']}: {refreshes['mended']} mended, {refreshes['short']} fell short")
     for name, value in found["seconds"].items():
         table.add_row(f"seconds: {name}", f"{value:.3f}")
     table.add_row("events", ", ".join(f"{count} {name}" for name, count in found["events"].items()))

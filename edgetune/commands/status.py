@@ -37,6 +37,14 @@ def status(
         budget = "none" if plan["budget_bytes"] is None else format_bytes(plan["budget_bytes"])
         table.add_row("plan", f"batch {plan['batch']}, micro-batch {plan['micro_batch']}, ε {plan['epsilon']}")
         table.add_row("memory", f"predicted {format_bytes(plan['predicted_peak_bytes'])}, budget {budget}")
+    known = {name: e for name, e in found["energy"].items() if e["promised"] is not None}
+    if known:
+        worst = min(known, key=lambda name: known[name]["measured"] - known[name]["promised"])
+        table.add_row(
+            "captured energy",
+            f"worst {worst}: {known[worst]['measured']:.4f} of {known[worst]['promised']:.4f} promised; "
+            f"{found['refreshes']} refreshes",
+        )
     for entry in found["quarantined"]:
         table.add_row("quarantined", f"{entry['path']}: {entry['reason']}")
     if (last := found["last_event"]) is not None:

@@ -50,6 +50,7 @@ def calibrate(session: Measures, manifest: Manifest, batches: Iterable[tuple[Arr
                     # float64, because sums over many batches of float32 squares lose their small eigenvalues.
                     known = sums.get((name, letter))
                     sums[name, letter] = gram.astype(np.float64) if known is None else known + gram
+        del features  # before the next batch is made
     if not samples:
         return None
     spectra: dict[str, dict[str, Spectrum]] = {}

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 
 from edgetune.bundle import TRACED, Array, Bundle
+from edgetune.engines.calibration import calibrate
 from edgetune.engines.choice import make_runtime
 from edgetune.engines.codec_inputs import NEXT, CodecInputs
 from edgetune.engines.runtime import Handle
 from edgetune.errors import DataError, EngineError, UsageError, choices
 from edgetune.planning.plan import Plan
+from edgetune.planning.rebase import rebased
 from edgetune.planning.selection import default_selection, settle
 
 Inputs: TypeAlias = "Array | Mapping[str, Array]"
@@ -120,6 +122,24 @@ class TrainingSession:
         self._runtime.choose(selection)
         self._plan = plan
         self._codec_inputs = CodecInputs(self._manifest, plan, self._runtime, self._seed, self._carried())
+
+    def refresh(self, batches: Iterable[Inputs]) -> Plan:
+        """Measure new bases on ``batches`` of inputs, put them into force, and return the plan: ranks and bytes stay.
+
+        For when the captured energy has fallen (``edgetune.Certificate`` tells when); 64 samples do.
+
+        Raises:
+            DataError: there is no batch, or an activation is not finite.
+            UsageError: no codec in force has bases.
+        """
+        modes = (mode for saved in self._manifest.saved for mode in saved.modes)
+        if not any(mode.source == "basis" for mode in modes):
+            raise UsageError("no codec in force has bases to refresh; what it keeps is found anew in every step")
+        calibration = calibrate(self, self.bundle.manifest, (self.features(x) for x in batches))
+        if calibration is None:
+            raise DataError("there is no batch to measure bases on; give one at least")
+        self.set_plan(rebased(self.bundle.manifest, self._plan, calibration))
+        return self._plan
 
     def _carried(self) -> dict[str, Array]:
         return self._codec_inputs.carried() if self._codec_inputs is not None else {}

@@ -307,32 +307,6 @@ def test_a_changed_budget_makes_a_new_plan_on_resume(tmp_path: Path, bundle: Bun
     assert len(events(tmp_path, "calibrated")) == 1  # the spectra are those of the first start
 
 
-def test_data_that_drifts_refreshes_the_bases(tmp_path: Path, bundle: Bundle) -> None:
-    rng = np.random.default_rng(0)
-    flat, stripes = np.ones((8, 8, 1)), np.tile(np.array([[1], [1], [-1], [-1]] * 2).reshape(8, 1, 1), (1, 8, 1))
-
-    def write(folder: Path, pattern: Array, seeds: range) -> None:
-        for seed in seeds:
-            pixels = 128 + 90 * pattern * np.ones(3) + rng.integers(-3, 4, (8, 8, 3))
-            path = folder / CLASSES[seed % 3] / f"{seed:04d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path)
-
-    write(tmp_path / "data", flat, range(120))
-    run(tmp_path, bundle, epsilon=0.8, holdout=0)
-    before = events(tmp_path, "step")[-1]["energy"]["head"]
-    assert not events(tmp_path, "refresh")
-    write(tmp_path / "data", stripes, range(1000, 1080))
-    run(tmp_path, bundle, epsilon=0.8, holdout=0)
-    (refresh,) = events(tmp_path, "refresh")
-    energies = {s["step"]: s["energy"]["head"] for s in events(tmp_path, "step")}
-    assert before > 0.9 > energies[31] and "fell to" in refresh["reason"]
-    assert min(value for step, value in energies.items() if step > refresh["step"]) > 0.9
-    # The refreshed basis is part of the checkpoint: one calibration file, and the two checkpoints name it.
-    names = [p.name for p in (tmp_path / "state").glob("calibration-*")]
-    assert f"calibration-{refresh['step']:08d}.safetensors" in names
-
-
 # ---- watching ------------------------------------------------------------------------------------------------------
 def test_images_that_appear_while_it_runs_are_trained(tmp_path: Path, bundle: Bundle) -> None:
     (tmp_path / "data").mkdir()

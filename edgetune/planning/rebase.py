@@ -1,0 +1,49 @@
+"""A plan with bases of newer data: same codecs, ranks and bytes, so that it fits wherever the old one did.
+
+This module may know plans and spectra; it must not know engines, or when bases are old.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from edgetune.bundle import Manifest
+from edgetune.planning.plan import Plan
+from edgetune.planning.selection import default_selection, settle
+from edgetune.planning.spectra import Calibration, captured_energy_bound, ranks_at
+
+
+def rebased(manifest: Manifest, plan: Plan, calibration: Calibration) -> Plan:
+    """Return ``plan`` with the bases of ``calibration``, and what its ranks capture of that data.
+
+    Raises:
+        StateError: the calibration belongs to another bundle.
+    """
+    specs = {spec.name: spec for spec in _settled(manifest, plan).saved}
+    read = {layer.name: specs[layer.saved] for layer in manifest.layers}
+    rows = []
+    for row in plan.rows:
+        spec = read[row.layer]
+        if any(mode.spectrum in calibration.spectra.get(spec.name, {}) for mode in spec.modes):
+            energy = captured_energy_bound(spec, calibration, plan.ranks.get(spec.name, {}), plan.batch)
+            row = dataclasses.replace(row, captured_energy=energy)
+        rows.append(row)
+    return dataclasses.replace(plan, rows=tuple(rows), calibration=calibration)
+
+
+def suffices(manifest: Manifest, plan: Plan, calibration: Calibration) -> bool:
+    """Return whether the ranks of ``plan`` keep its ε of every mode of the newer data (without an ε: always)."""
+    if plan.epsilon is None:
+        return True
+    needed = ranks_at(_settled(manifest, plan), calibration, plan.epsilon, plan.batch)
+    return all(rank <= plan.ranks[name][letter] for name, modes in needed.items() for letter, rank in modes.items())
+
+
+def promises(manifest: Manifest, plan: Plan) -> dict[str, float]:
+    """Return the captured energy that ``plan`` promises, by saved tensor; those of which it promises nothing lack."""
+    saved = {layer.name: layer.saved for layer in manifest.layers}
+    return {saved[row.layer]: row.captured_energy for row in plan.rows if row.captured_energy is not None}
+
+
+def _settled(manifest: Manifest, plan: Plan) -> Manifest:
+    return settle(manifest, default_selection(manifest) | dict(plan.selection))
