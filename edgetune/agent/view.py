@@ -144,6 +144,7 @@ def _lines(now: Snapshot) -> Iterable[tuple[str, str]]:
         f"{budget}",
     )
     if now.epsilon is not None:
-        captured = "" if now.energy is None else f" (captured energy {now.energy:.4f}, {now.refreshes} refreshes)"
-        yield "ε", f"{now.epsilon:.4f}{captured}"
+        yield "ε", f"{now.epsilon:.4f}" + ("" if now.energy is None else f" (captured energy {now.energy:.4f})")
+    if now.refreshes:
+        yield "refreshes", str(now.refreshes)
     yield "quarantined", str(now.quarantined)

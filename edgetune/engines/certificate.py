@@ -25,8 +25,8 @@ REFERENCE_STEPS = 8
 INTERVAL = 20
 """Steps from a refresh that did not help to the next, doubled after each that did not."""
 MOST_DOUBLINGS = 6
-SMOOTHING = 0.3
-_MOST_DIFFERENCES = 16
+SMOOTHING = 0.5
+_MOST_DIFFERENCES = 32
 _NORMAL = math.sqrt(math.pi) / 2
 """Standard deviation of a normal variable by the mean distance of two draws; a change of level hardly disturbs it."""
 
@@ -60,7 +60,7 @@ class Track:
     Attributes:
         bound: what the plan promises (None: nothing). reference: mean of the first steps. seen: how many steps.
         mean: smoothed energy. last: of the last step. noise: standard deviation from step to step. low: low steps in a
-            row.
+            row. least: the energy that the first of them fell short of.
     """
 
     bound: float | None = None
@@ -70,6 +70,7 @@ class Track:
     last: float = 0.0
     noise: float = 0.0
     low: int = 0
+    least: float = 0.0
 
     @property
     def promised(self) -> float | None:
@@ -84,7 +85,9 @@ class Track:
 
     def margin(self, promised: float) -> float:
         """Return by how much the energy may fall short."""
-        return max(min(MOST_MARGIN, max(LEAST_MARGIN, (1.0 - promised) / 2)), NOISES * self.noise)
+        # Few differences may by chance be small ones: at first the noise may be half as large again as it looks.
+        doubt = 1 + 4 / min(max(self.seen, 1), _MOST_DIFFERENCES)
+        return max(min(MOST_MARGIN, max(LEAST_MARGIN, (1.0 - promised) / 2)), NOISES * doubt * self.noise)
 
     def take(self, value: float) -> None:
         """Take in the energy of one step."""
@@ -104,6 +107,7 @@ class Track:
         if promised is None:
             return
         if max(value, self.mean) < promised - margin:
+            self.least = self.least if self.low else promised - margin
             self.low += 1
         elif value > promised - margin / 2:
             self.low = 0
@@ -184,7 +188,7 @@ class Certificate:
         """Begin anew with new bases; ``bounds`` is what the plan now promises, by saved tensor (as far as it does)."""
         self.pending = {}
         for name, promised in self.fallen.items():
-            self.pending[name] = promised, promised - self.tracks[name].margin(promised)
+            self.pending[name] = promised, self.tracks[name].least
         self.refreshes += 1
         self.refreshed_at = self.steps
         self.not_before = self.steps + self._interval()

@@ -335,6 +335,9 @@ def test_the_plain_view_prints_one_line_per_turn(capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" (")[0] for line in lines] == ["step 1/7", "step 3/7", "step 6/7"]
     assert "budget 1.00 MiB" in lines[0] and "ε 0.9000 (captured energy 0.9900)" in lines[0]
+    assert "refreshes" not in lines[0]
+    view.update(Snapshot(step=9, refreshes=2))
+    assert "refreshes 2" in capsys.readouterr().out
 
 
 def test_the_live_view_draws(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
