@@ -32,8 +32,8 @@ class StepReport:
     """What one step did. ``energy`` is the captured energy per lossily saved tensor; ``seconds`` are per phase.
 
     ``correct`` is the number of right answers, None where the model does not classify whole samples.
-    ``applied`` is False where the loss was not finite: parameters and optimizer state are then as before the step.
-    Where ``gradient_norm`` is not finite although the loss was, the step has been applied: go back to a stored state.
+    ``applied`` is False where the loss or the gradient was not finite (``gradient_norm`` is then NaN): parameters,
+    optimizer state and buffers are as before the step.
     """
 
     loss: float
@@ -206,7 +206,7 @@ class TrainingSession:
         energy = {s.name: scalars[s.energy] for s in self._manifest.saved if s.energy is not None}
         seconds["train"] = time.perf_counter() - begin
         begin = time.perf_counter()
-        finite = math.isfinite(loss)
+        finite = math.isfinite(loss) and self._is_finite(gradients)
         norm = self._update(gradients) if finite else math.nan
         if finite:
             self._buffers |= buffers
@@ -265,6 +265,12 @@ class TrainingSession:
                     scalars[name] = float(self._runtime.get(made[name]))
             feeds |= made
         return scalars, gradients, buffers, carried
+
+    def _is_finite(self, gradients: Mapping[str, Handle]) -> bool:
+        """Return whether the norm of the gradient is finite, before an update overwrites what it starts from."""
+        # A product with itself has no temporary of the tensor's size, and on a CPU the array is a view.
+        flat = (self._runtime.get(handle).reshape(-1) for handle in gradients.values())
+        return all(math.isfinite(np.vdot(values, values)) for values in flat)
 
     def _update(self, gradients: Mapping[str, Handle]) -> float:
         """Run update.onnx; every new value is written over the old one, which nothing reads any more by then."""

@@ -242,6 +242,19 @@ def test_a_loss_that_is_not_finite_changes_nothing(codec: str, optimizer: str, v
     assert session.report.applied
 
 
+@each_codec
+@each_optimizer
+def test_a_gradient_that_is_not_finite_changes_nothing_though_the_loss_is(codec: str, optimizer: str) -> None:
+    session = session_of(codec, optimizer)
+    train(session, range(2))
+    before = session.state()
+    x, y = samples(BATCH)
+    assert math.isfinite(session.step(x * np.float32(1e25), y)), "squares overflow, the loss does not"
+    assert not session.report.applied and math.isnan(session.report.gradient_norm)
+    assert same_bits(session.state(), before)
+    assert train(session, range(2, 3)) == train_from(before, codec, optimizer)
+
+
 def train_from(state: dict[str, Array], codec: str, optimizer: str) -> list[float]:
     fresh = session_of(codec, optimizer)
     fresh.load_state(state)
