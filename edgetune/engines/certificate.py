@@ -17,7 +17,7 @@ LEAST_MARGIN, MOST_MARGIN = 0.002, 0.02
 """A fall counts when half as much energy again is lost as promised, but within these bounds: at 0.999 a loss of 0.002
 more doubles the error of a gradient, at 0.5 it is nothing."""
 NOISES = 4.0
-"""A fall counts when it exceeds this many standard deviations of the energy from one step to the next."""
+"""A fall counts when it exceeds this many standard deviations of the energy from step to step."""
 PATIENCE = 2
 """Low steps in a row before a refresh is due: one odd batch is none."""
 REFERENCE_STEPS = 8

@@ -20,7 +20,7 @@ from edgetune.engines.codec_inputs import NEXT, CodecInputs
 from edgetune.engines.runtime import Handle
 from edgetune.errors import DataError, EngineError, UsageError, choices
 from edgetune.planning.plan import Plan
-from edgetune.planning.rebase import rebased
+from edgetune.planning.rebase import promises, rebased
 from edgetune.planning.selection import default_selection, settle
 
 Inputs: TypeAlias = "Array | Mapping[str, Array]"
@@ -140,6 +140,11 @@ class TrainingSession:
             raise DataError("there is no batch to measure bases on; give one at least")
         self.set_plan(rebased(self.bundle.manifest, self._plan, calibration))
         return self._plan
+
+    @property
+    def promises(self) -> dict[str, float]:
+        """The captured energy that the plan in force promises, by saved tensor."""
+        return promises(self.bundle.manifest, self._plan)
 
     def _carried(self) -> dict[str, Array]:
         return self._codec_inputs.carried() if self._codec_inputs is not None else {}

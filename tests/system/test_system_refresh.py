@@ -11,7 +11,6 @@ import edgetune
 from edgetune.bundle import Array
 from edgetune.engines.certificate import Finding, Kind
 from edgetune.errors import DataError, UsageError
-from edgetune.planning.rebase import promises
 from tests.engines.workshop import bundle_of, plan_of, same_bits, samples
 
 BATCH, CHANGE, STEPS = 32, 20, 36
@@ -32,12 +31,11 @@ class Watched:
         still = {"learning_rate": 0.0}
         calibration = [batch_of(-k, changed=False) for k in (1, 2)]
         plan = self.plan = edgetune.plan(bundle, batch=BATCH, epsilon=0.95, calibration=calibration)
-        self.manifest = bundle.manifest
         self.session = edgetune.TrainingSession(bundle, plan, hyper=still)
         exact = edgetune.plan(bundle, batch=BATCH, epsilon=1.0)
         self.exact = edgetune.TrainingSession(bundle, exact, hyper=still, verify=False)
         self.certificate = edgetune.Certificate()
-        self.certificate.restart(promises(bundle.manifest, plan))
+        self.certificate.restart(self.session.promises)
         self.findings: list[tuple[int, Finding]] = []
         self.refreshes: list[int] = []
         self.energies: list[dict[str, float]] = []
@@ -47,8 +45,8 @@ class Watched:
             changed = step >= CHANGE
             if self.certificate.due:
                 ahead = (batch_of(step + k, changed=changed)[0] for k in range(2))
-                plan = self.session.refresh(ahead)
-                self.certificate.refreshed(promises(self.manifest, plan))
+                self.session.refresh(ahead)
+                self.certificate.refreshed(self.session.promises)
                 self.refreshes.append(step)
             self.session.step(*batch_of(step, changed=changed))
             self.energies.append(self.session.report.energy)
