@@ -21,8 +21,8 @@ from edgetune.planning.selection import default_selection, settle
 from edgetune.planning.spectra import Calibration
 
 LEAST_SAMPLES = 64
-"""Bases are measured on so many of the next samples at least. On drifted digits (batches of 8, ε = 0.8), bases of 8, 16,
-32 and 64 samples captured 0.593, 0.612, 0.615 and 0.619 of the next batches' energy."""
+"""Bases are measured on so many of the next samples at least. On drifted digits (batches of 8, ε = 0.8), bases of 8,
+16, 32 and 64 samples captured 0.593, 0.612, 0.615 and 0.619 of the next batches' energy."""
 
 
 class Refresher:

@@ -36,7 +36,8 @@ def suffices(manifest: Manifest, plan: Plan, calibration: Calibration) -> bool:
     if plan.epsilon is None:
         return True
     needed = ranks_at(_settled(manifest, plan), calibration, plan.epsilon, plan.batch)
-    return all(rank <= plan.ranks[name][letter] for name, modes in needed.items() for letter, rank in modes.items())
+    planned = {(name, letter): rank for name, modes in plan.ranks.items() for letter, rank in modes.items()}
+    return all(rank <= planned.get((name, letter), 0) for name in needed for letter, rank in needed[name].items())
 
 
 def promises(manifest: Manifest, plan: Plan) -> dict[str, float]:
