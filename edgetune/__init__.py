@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from edgetune.engines.certificate import Certificate
     from edgetune.engines.session import TrainingSession
     from edgetune.planning.plan import Plan
+    from edgetune.planning.spectra import Calibration
 
 __all__ = ["Certificate", "TrainingSession", "__version__", "export", "open_bundle", "plan"]
 
@@ -108,16 +109,24 @@ def plan(
     budget: str | int | None = None,
     activation_budget: str | int | None = None,
     epsilon: float | None = None,
-    calibration: Iterable[tuple[Array, Array]] | None = None,
+    calibration: Iterable[tuple[Array, Array]] | Calibration | None = None,
     engine: str = "auto",
+    codec: str | None = None,
+    allocation: str = "uniform",
+    rate: float | None = None,
 ) -> Plan:
-    """Return the plan for ``bundle``: the ranks, and what they take, at the largest ε that fits the budget.
+    """Return the plan for ``bundle``: codecs and ranks, and what they take, at the largest ε that fits the budget.
 
     Args:
         budget: what the whole process may take, such as ``"512MiB"``; None: no limit.
         activation_budget: what may be kept for the backward pass.
         epsilon: fix ε instead of letting the budget pick it.
-        calibration: batches of (inputs, targets) to measure the spectra on. Without any, only ε = 1 is meaningful.
+        calibration: batches of (inputs, targets) to measure the spectra on, or what was measured before
+            (``plan.calibration``). Without any, only ε = 1 is meaningful.
+        codec: the codec of the bundle's menu that keeps all; None: its first.
+        allocation: ``uniform``, one codec and one ε for all; ``per-layer``, for each tensor those with which the total
+            gradient error is the least that the budget allows.
+        rate: fix how much codecs that count elements keep: one of ``rate``.
 
     Raises:
         BudgetError: nothing fits; the message names the least budget that does.
@@ -133,6 +142,9 @@ def plan(
         epsilon=epsilon,
         calibration=calibration,
         engine=engine,
+        codec=codec,
+        allocation=allocation,
+        rate=rate,
     )
 
 

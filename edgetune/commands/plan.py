@@ -1,14 +1,18 @@
-"""``edgetune plan``: what training would take, and the ε that a budget picks, before anything is trained."""
+"""``edgetune plan``: what training would take, and what a budget picks, before anything is trained."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 if TYPE_CHECKING:
+    from edgetune.bundle import Bundle
     from edgetune.planning.plan import Plan
+    from edgetune.planning.spectra import Calibration
 
 
 def plan(
@@ -20,39 +24,95 @@ def plan(
         str | None, typer.Option("--activation-budget", help="What may be saved for the backward pass, such as 8MiB.")
     ] = None,
     epsilon: Annotated[float | None, typer.Option("--epsilon", help="Fix ε instead, in (0, 1].")] = None,
+    rate: Annotated[
+        float | None, typer.Option("--rate", help="Fix how much dct, haar, db3, threshold keep: one element of RATE.")
+    ] = None,
+    codec: Annotated[
+        str | None, typer.Option("--codec", help="The codec of the bundle's menu that keeps all (default: its first).")
+    ] = None,
+    allocation: Annotated[
+        str, typer.Option("--allocation", help="uniform: one codec, one ε. per-layer: those with the least error.")
+    ] = "uniform",
+    front: Annotated[
+        bool, typer.Option("--front", help="Show the least gradient error for every peak instead of one plan.")
+    ] = False,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Write that picture to this SVG file.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Samples per step.")] = 32,
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder of samples to measure the spectra on (as for run).")
     ] = None,
     batches: Annotated[int, typer.Option("--batches", min=1, help="Batches of it to measure on.")] = 2,
+    calibration: Annotated[
+        Path | None,
+        typer.Option("--calibration", help="Keep what is measured in this file; if it is there, measure nothing."),
+    ] = None,
     engine: Annotated[str, typer.Option("--engine", help="auto, onnxruntime or torch.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Show per layer what is kept, the predicted peak, and the ε that the budget picks."""
-    from edgetune.agent.samples import labelled_batches
-    from edgetune.api import plan_bundle
+    """Show per layer what is kept, the predicted peak, and the codecs and ε that the budget picks."""
+    from edgetune.api import front_of, plan_bundle
     from edgetune.bundle import Bundle
+    from edgetune.errors import UsageError
     from edgetune.units import parse_bytes
 
+    if plot is not None and not front:
+        raise UsageError("--plot draws the front: give --front as well")
     budget_bytes = None if budget is None else parse_bytes(budget)
     activation_budget_bytes = None if activation_budget is None else parse_bytes(activation_budget)
     opened = Bundle.open(bundle)
-    found = plan_bundle(
+    known = _calibration(opened, calibration, data, batch, batches, engine, errors=front or allocation != "uniform")
+    if front:
+        found = front_of(opened, batch=batch, calibration=known, engine=engine)
+        if plot is not None:
+            from edgetune.commands._front import svg
+
+            plot.write_text(svg(found, f"{bundle.name}, batch {batch}"), "utf-8")
+        if as_json:
+            print(json.dumps(dataclasses.asdict(found), indent=1))
+        else:
+            from edgetune.commands._front import show_front
+
+            show_front(found)
+        return
+    made = plan_bundle(
         opened,
         batch=batch,
         budget_bytes=budget_bytes,
         activation_budget_bytes=activation_budget_bytes,
         epsilon=epsilon,
-        calibration=None if data is None else labelled_batches(opened.manifest, data, batch, batches),
+        calibration=known,
         engine=engine,
+        codec=codec,
+        allocation=allocation,
+        rate=rate,
     )
     if as_json:
-        print(found.to_json())
+        print(made.to_json())
     else:
         from edgetune.engines.choice import describe_engine
 
-        _show(found)
+        _show(made)
         print(describe_engine(engine))
+
+
+def _calibration(
+    bundle: Bundle, file: Path | None, data: Path | None, batch: int, batches: int, engine: str, *, errors: bool
+) -> Calibration | None:
+    """Return what ``file`` holds; where there is no such file, what is measured on ``data``, and write it there."""
+    from edgetune.agent.samples import labelled_batches
+    from edgetune.api import calibrate_bundle
+    from edgetune.planning.spectra import Calibration
+
+    if file is not None and file.is_file():
+        return Calibration.load(file)
+    if data is None:
+        return None
+    found = calibrate_bundle(
+        bundle, batch, labelled_batches(bundle.manifest, data, batch, batches), engine, errors=errors
+    )
+    if file is not None and found is not None:
+        found.save(file)
+    return found
 
 
 def _show(found: Plan) -> None:
@@ -62,19 +122,22 @@ def _show(found: Plan) -> None:
     from edgetune.units import format_bytes
 
     console = Console(markup=False, emoji=False)
-    how = "nothing is truncated" if found.epsilon is None else f"ε = {found.epsilon:.4f}"
+    mixed = found.allocation != "uniform"
     table = Table(
-        title=f"codec {found.codec}, batch {found.batch}, {how}",
+        title=f"codec {found.codec}, batch {found.batch}, {_how(found)}",
         caption="energy: lower bound of what the ranks keep, from the spectra",
     )
-    for column in ("layer", "input", "dense", "ranks", "stored", "ratio", "energy ≥"):
-        table.add_column(column, justify="left" if column in ("layer", "input", "ranks") else "right")
+    measured = found.error is not None and any(row.error for row in found.rows)
+    columns = ["layer", "input", "dense", *(["codec"] if mixed else []), "ranks", "stored", "ratio", "energy ≥"]
+    for column in [*columns, *(["error"] if measured else [])]:
+        table.add_column(column, justify="left" if column in ("layer", "input", "codec", "ranks") else "right")
     for row in found.rows:
         ranks = " ".join(f"{letter}{rank}" for letter, rank in row.ranks.items()) or "-"
         energy = "-" if row.captured_energy is None else f"{row.captured_energy:.4f}"
         shape = "×".join(map(str, (found.batch, *row.input_shape)))
-        sizes = format_bytes(row.dense_bytes), ranks, format_bytes(row.stored_bytes)
-        table.add_row(row.layer, shape, *sizes, f"{row.ratio:.1f}", energy)
+        cells = [row.layer, shape, format_bytes(row.dense_bytes), *([row.codec] if mixed else [])]
+        cells += [ranks, format_bytes(row.stored_bytes), f"{row.ratio:.1f}", energy]
+        table.add_row(*cells, *([f"{row.error:.4f}"] if measured and row.error is not None else []))
     console.print(table)
     ledger = Table(title="predicted peak of the process", caption=f"at {found.bottleneck}")
     ledger.add_column("line")
@@ -88,3 +151,15 @@ def _show(found: Plan) -> None:
     console.print(ledger)
     saved = f"saved for the backward pass: {format_bytes(found.saved_bytes)}"
     console.print(f"{saved} instead of {format_bytes(found.dense_saved_bytes)}; micro-batch {found.micro_batch}")
+    if found.error is not None and found.error_bound is not None:
+        console.print(f"total gradient error {found.error:.4f}, proven to be at least {found.error_bound:.4f}")
+    elif measured:
+        console.print(f"total gradient error {found.error:.4f}")
+
+
+def _how(found: Plan) -> str:
+    if found.allocation != "uniform":
+        return "chosen per layer"
+    if found.epsilon is not None:
+        return f"ε = {found.epsilon:.4f}"
+    return "ranks by rate" if found.ranks else "nothing is truncated"

@@ -11,7 +11,8 @@ from typing import Protocol
 import numpy as np
 
 from edgetune.bundle import Array, Manifest
-from edgetune.planning.spectra import Calibration, Spectrum, spectrum_of
+from edgetune.errors import DataError
+from edgetune.planning.calibration import Calibration, Spectrum, spectrum_of
 
 
 class Measures(Protocol):
@@ -24,15 +25,18 @@ class Measures(Protocol):
 def calibrate(session: Measures, manifest: Manifest, batches: Iterable[tuple[Array, ...]]) -> Calibration | None:
     """Return what ``batches`` of features (each a tuple of [b, ...] arrays) say of every truncated mode.
 
-    Gram matrices of the modes c, z, h and w add over batches. The batch mode has no meaning from one batch to the next:
-    there the sorted eigenvalues add, shorter batches filled up with zeros, and no basis is kept.
+    Gram matrices of the modes c, z, h and w add over batches, and so do energies by count. The batch mode has no
+    meaning from one batch to the next: there the sorted eigenvalues add, shorter batches filled up with zeros, and no
+    basis is kept.
     None if the bundle's codec truncates nothing, or there was no batch.
 
     Raises:
-        DataError: a Gram matrix is not finite.
+        DataError: a Gram matrix, or an energy, is not finite.
     """
-    known_modes = {(spec.name, mode.spectrum): mode for spec in manifest.saved for mode in spec.modes if mode.spectrum}
-    resident = {(spec.name, mode.spectrum) for spec in manifest.saved for mode in spec.modes if mode.source == "basis"}
+    # Of every option: codecs that count share one input, but each has a spectrum of its own.
+    modes_of = [(spec.name, mode) for spec in manifest.saved for option in spec.options for mode in option.modes]
+    known_modes = {(name, mode.spectrum): mode for name, mode in modes_of if mode.spectrum}
+    resident = {(name, mode.spectrum) for name, mode in modes_of if mode.source == "basis"}
     if not known_modes:
         return None
     sums: dict[tuple[str, str], Array] = {}
@@ -54,11 +58,19 @@ def calibrate(session: Measures, manifest: Manifest, batches: Iterable[tuple[Arr
     if not samples:
         return None
     spectra: dict[str, dict[str, Spectrum]] = {}
+    counts: dict[str, dict[str, Array]] = {}
     for (name, letter), gram in sums.items():
+        if known_modes[name, letter].source == "count":
+            if not np.isfinite(gram).all():
+                raise DataError(
+                    f"the energy of '{name}' is not finite; look for NaN or infinity in the calibration data"
+                )
+            counts.setdefault(name, {})[letter] = gram.reshape(-1)
+            continue
         spectra.setdefault(name, {})[letter] = spectrum_of(gram, with_basis=(name, letter) in resident)
     for (name, letter), values in eigenvalues.items():
         spectra.setdefault(name, {})[letter] = Spectrum(values, None)
-    return Calibration(spectra, samples=samples, batch=batch)
+    return Calibration(spectra, samples=samples, batch=batch, counts=counts)
 
 
 def _add(known: Array | None, more: Array) -> Array:

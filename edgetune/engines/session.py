@@ -186,7 +186,11 @@ class TrainingSession:
 
     def gradients(self, x: Inputs, y: Array) -> tuple[float, dict[str, Array]]:
         """Return the loss and its gradient per trained tensor, under the model's own names; nothing is updated."""
-        scalars, gradients, _, _ = self._train(list(self.features(x)), y)
+        return self.gradients_from(list(self.features(x)), y)
+
+    def gradients_from(self, features: Sequence[Array], y: Array) -> tuple[float, dict[str, Array]]:
+        """Return what :meth:`gradients` does, from the trunk's outputs; a list is emptied (:meth:`step_features`)."""
+        scalars, gradients, _, _ = self._train(features, y)
         names = [spec.name for spec in self._manifest.parameters]
         return scalars["loss"], {n: np.array(self._runtime.get(gradients[f"gradient/{n}"])) for n in names}
 

@@ -239,7 +239,10 @@ def _climb(costs: FloatArray, usage: FloatArray, spare: FloatArray) -> FloatArra
             means = np.einsum("so,sot->st", chances, usage)
             slope = means.sum(axis=0) - spare + temperature * (1 / weights - 1 / _MOST_WEIGHT)
             spread = flat.T @ (flat * chances.reshape(-1, 1)) - means.T @ means
-            step = np.linalg.solve(spread / temperature + np.diag(temperature / weights**2), slope)
+            try:
+                step = np.linalg.solve(spread / temperature + np.diag(temperature / weights**2), slope)
+            except np.linalg.LinAlgError:
+                return weights  # the barrier is lost in rounding; any weights give a bound, and these are close
             gain = float(step @ slope)
             if gain < 0.01 * temperature:
                 break

@@ -86,6 +86,17 @@ def peak(graph: GraphSpec, symbols: Mapping[str, int], *, without: Container[str
     return Peak(usage[node], node, graph.nodes[node], tuple(live))
 
 
+def spans(
+    graph: GraphSpec, symbols: Mapping[str, int], *, without: Container[str] = FIXED_KINDS
+) -> list[tuple[int, int, int]]:
+    """Return of each buffer the first and the last node (inclusive) and the bytes, as :func:`timeline` counts them.
+
+    Raises:
+        BundleError: a shape holds a symbol that ``symbols`` lacks.
+    """
+    return [(buffer.first, buffer.last, buffer.bytes) for buffer in _buffers(graph, symbols, without)]
+
+
 def _buffers(graph: GraphSpec, symbols: Mapping[str, int], without: Container[str]) -> list[_Buffer]:
     """Return the buffers of ``graph`` in the order of their first mention."""
     found: dict[str, _Buffer] = {}

@@ -7,28 +7,24 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from edgetune.bundle import Manifest
-from edgetune.errors import BudgetError, UsageError
+from edgetune.errors import UsageError, choices
 from edgetune.plain import from_plain
-from edgetune.planning.prediction import Prediction, dense_bytes, predict, saved_bytes_by_tensor
-from edgetune.planning.selection import default_selection, settle
+from edgetune.planning.candidates import Candidate, Limits, Workbench
+from edgetune.planning.per_layer import least_error
+from edgetune.planning.prediction import Prediction, dense_bytes, predict
 from edgetune.planning.sizes import rank_symbol
-from edgetune.planning.spectra import (
-    Calibration,
-    Ranks,
-    breakpoints,
-    captured_energy_bound,
-    check_epsilon,
-    identity_calibration,
-    ranks_at,
-)
-from edgetune.units import MIB, format_bytes
+from edgetune.planning.spectra import Calibration, captured_energy_bound, check_epsilon, identity_calibration
+from edgetune.planning.uniform import largest_uniform, last_that
+from edgetune.units import MIB
 
-__all__ = ["Plan", "PlanRow", "Prediction", "make_plan", "predict"]
+__all__ = ["ALLOCATIONS", "Plan", "PlanRow", "Prediction", "make_plan", "plan_of", "predict"]
 
+ALLOCATIONS = ("uniform", "per-layer")
+"""One codec and one ε for all saved tensors, or for each its own."""
 MOST_SAMPLES_PER_RUN = 32
 """The largest micro-batch: beyond it a trunk gains no speed worth its memory."""
 USUAL_SAMPLES_PER_RUN = 8
@@ -50,6 +46,10 @@ class PlanRow:
         ratio: ``dense_bytes / stored_bytes``.
         captured_energy: a lower bound of the fraction of the input's energy that the ranks keep, predicted from the
             spectra (see ``spectra.captured_energy_bound``); None where it is lossless or nothing is known of the data.
+        codec: label of the option that keeps the input.
+        epsilon: None where there is none.
+        error: relative weight-gradient error, as calibrated (``Calibration.errors``); None where it was not measured.
+            Layers that read the same tensor each show it; it counts once.
     """
 
     layer: str
@@ -61,6 +61,9 @@ class PlanRow:
     stored_bytes: int
     ratio: float
     captured_energy: float | None
+    codec: str = ""
+    epsilon: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,8 @@ class Plan:
         batch: samples per training step.
         micro_batch: samples per run of the trunk.
         codec: the bundle's codec, or its menu.
-        epsilon: the ε of every truncated mode; None where the codec truncates nothing.
+        epsilon: the ε of every truncated mode; None where the codec truncates nothing, and where each tensor has its
+            own (``rows`` have those).
         ranks: by saved tensor and mode letter; those that truncate nothing have no entry.
         budget_bytes: what the whole process may take; None: not limited.
         activation_budget_bytes: what may be saved for the backward pass; None: not limited.
@@ -83,6 +87,11 @@ class Plan:
         correction_bytes: measured minus predicted peak of an earlier step, included in the prediction.
         rows: one per trained layer.
         selection: the label of the codec by saved tensor.
+        allocation: one of ``ALLOCATIONS``.
+        error: the total gradient error, as calibrated: the sum of the relative weight-gradient errors of all saved
+            tensors; None where one was not measured.
+        error_bound: no plan within the budgets has a lower error, as far as the calibration's rates and the sums of
+            bytes go by which a mixed plan is found; None for a uniform plan. The gap is ``error - error_bound``.
         calibration: the bases and spectra behind the ranks; neither compared nor in the JSON.
     """
 
@@ -101,6 +110,9 @@ class Plan:
     correction_bytes: int = 0
     rows: tuple[PlanRow, ...] = ()
     selection: Mapping[str, str] = field(default_factory=dict)
+    allocation: str = "uniform"
+    error: float | None = None
+    error_bound: float | None = None
     calibration: Calibration | None = field(default=None, compare=False, repr=False)
 
     def symbols(self) -> dict[str, int]:
@@ -132,20 +144,6 @@ class Plan:
         return plan
 
 
-@dataclass(frozen=True)
-class _Candidate:
-    """One ε with all that follows from it but the micro-batch."""
-
-    epsilon: float | None
-    ranks: Ranks
-    saved: Mapping[str, Mapping[str, int]]
-
-    @property
-    def saved_bytes(self) -> int:
-        merged = {name: size_bytes for tensors in self.saved.values() for name, size_bytes in tensors.items()}
-        return sum(merged.values())
-
-
 def make_plan(
     manifest: Manifest,
     *,
@@ -158,15 +156,23 @@ def make_plan(
     correction_bytes: int = 0,
     reserve_bytes: int = 0,
     codec: str | None = None,
+    allocation: str = "uniform",
+    rate: float | None = None,
 ) -> Plan:
-    """Return the plan that keeps most of the saved tensors' energy within the budgets.
+    """Return the plan that keeps most of the saved tensors within the budgets.
 
-    With ``epsilon``, exactly that ε. Otherwise the largest ε whose predicted peak is at most ``budget_bytes`` with a
-    micro-batch of 1, and whose saved bytes are at most ``activation_budget_bytes``. Where the codec truncates nothing
-    there is no ε to choose, and ``epsilon`` is ignored: any is satisfied. Then the micro-batch: the largest power of
-    two, at most ``batch`` and 32, that stays within ``budget_bytes``; without one, 8 or ``batch``.
+    ``uniform``: every saved tensor is kept by ``codec``, one of the bundle's menu (None: the first), where that
+    applies. With ``epsilon``, at exactly that ε; with ``rate`` λ, one element of λ is kept wherever elements are
+    counted. Otherwise at the largest ε whose predicted peak is at most ``budget_bytes`` with a micro-batch of 1, and
+    whose saved bytes are at most ``activation_budget_bytes``. Where the codec truncates nothing there is no ε to
+    choose, and ``epsilon`` is ignored: any is satisfied.
 
-    Every saved tensor is kept by ``codec``, one of the bundle's menu (None: the first), where that applies.
+    ``per-layer``: each saved tensor gets an option of its menu and an ε of its own, so that the sum of the gradient
+    errors that ``calibration`` holds is the least within the budgets (``planning.per_layer``).
+
+    Then the micro-batch: the largest power of two, at most ``batch`` and 32, that stays within ``budget_bytes``;
+    without one, 8 or ``batch``.
+
     No ``calibration`` stands for :func:`identity_calibration`. ``runtime_bytes`` are resident before anything of the
     plan is allocated; ``correction_bytes`` is the measured minus the predicted peak of an earlier step, of either sign;
     ``reserve_bytes`` of the budget are left free, because no process repeats its peak to the byte.
@@ -174,95 +180,76 @@ def make_plan(
     Raises:
         BudgetError: nothing fits. ``least_bytes`` is the least value of the budget that failed (of ``budget_bytes``
             where both did) that can be met: that and no byte less.
-        StateError: the calibration belongs to another bundle.
-        UsageError: a batch, a budget or ``epsilon`` out of range.
+        StateError: the calibration belongs to another bundle, or holds no errors although the allocation needs them.
+        UsageError: a batch, a budget, ``epsilon`` or ``rate`` out of range; choices that exclude each other.
     """
     _check(batch, epsilon, budget_bytes, activation_budget_bytes)
-    selection = default_selection(manifest, codec)
-    manifest = settle(manifest, selection)
-    truncates = any(mode.spectrum for spec in manifest.saved for mode in spec.modes)
-    if truncates and calibration is None:
+    _check_choices(allocation, codec, epsilon, rate)
+    limits = Limits(batch, runtime_bytes, budget_bytes, activation_budget_bytes, correction_bytes, reserve_bytes)
+    measured = calibration
+    if calibration is None:
         calibration = identity_calibration(manifest, batch)
+    bench = Workbench(manifest, calibration, limits)
+    if allocation == "per-layer":
+        best, bound = least_error(bench)
+        return plan_of(best, measured or calibration, allocation=allocation, error_bound=bound)
+    best = largest_uniform(bench, codec, epsilon, rate)
+    # Without any rank nothing of the calibration is used, and where none was given there is none to hold.
+    return plan_of(best, calibration if best.ranks or measured is not None else None)
 
-    def candidate(value: float | None) -> _Candidate:
-        ranks: Ranks = {}
-        if value is not None and calibration is not None:
-            ranks = ranks_at(manifest, calibration, value, batch)
-        return _Candidate(value, ranks, saved_bytes_by_tensor(manifest, batch=batch, ranks=ranks))
 
-    def cost(tried: _Candidate, micro_batch: int) -> Prediction:
-        return predict(
-            manifest,
-            batch=batch,
-            micro_batch=micro_batch,
-            ranks=tried.ranks,
-            runtime_bytes=runtime_bytes,
-            correction_bytes=correction_bytes,
-        )
-
-    def fits(tried: _Candidate, micro_batch: int = 1) -> bool:
-        if activation_budget_bytes is not None and tried.saved_bytes > activation_budget_bytes:
-            return False
-        return budget_bytes is None or cost(tried, micro_batch).peak_bytes + reserve_bytes <= budget_bytes
-
-    values: Sequence[float | None] = [None]
-    if truncates and calibration is not None:
-        values = [epsilon] if epsilon is not None else breakpoints(calibration).tolist()
-    chosen = _last_that(lambda index: fits(candidate(values[index])), len(values))
-    if chosen is None:
-        least = candidate(values[0])
-        peak = cost(least, 1)
-        raise _infeasible(
-            batch, least, peak, budget_bytes, activation_budget_bytes, given=epsilon, reserve_bytes=reserve_bytes
-        )
-    best = candidate(values[chosen])
-    if budget_bytes is None:
-        micro_batch = min(USUAL_SAMPLES_PER_RUN, batch)
+def plan_of(
+    chosen: Candidate,
+    calibration: Calibration | None,
+    *,
+    allocation: str = "uniform",
+    error_bound: float | None = None,
+) -> Plan:
+    """Return the plan of ``chosen``, with the largest micro-batch that fits."""
+    limits, manifest = chosen.limits, chosen.manifest
+    if limits.budget_bytes is None:
+        micro_batch = min(USUAL_SAMPLES_PER_RUN, limits.batch)
     else:
-        powers = [1 << k for k in range(min(batch, MOST_SAMPLES_PER_RUN).bit_length())]
-        micro_batch = powers[_last_that(lambda index: fits(best, powers[index]), len(powers)) or 0]
-    prediction = cost(best, micro_batch)
+        powers = [1 << k for k in range(min(limits.batch, MOST_SAMPLES_PER_RUN).bit_length())]
+        micro_batch = powers[last_that(lambda index: chosen.fits(powers[index]), len(powers)) or 0]
+    prediction = chosen.cost(micro_batch)
     return Plan(
-        batch=batch,
+        batch=limits.batch,
         micro_batch=micro_batch,
         codec=manifest.codec,
-        epsilon=best.epsilon,
-        ranks=best.ranks,
-        budget_bytes=budget_bytes,
-        activation_budget_bytes=activation_budget_bytes,
+        epsilon=chosen.epsilon,
+        ranks=chosen.ranks,
+        budget_bytes=limits.budget_bytes,
+        activation_budget_bytes=limits.activation_budget_bytes,
         ledger=prediction.ledger,
         predicted_peak_bytes=prediction.peak_bytes,
-        saved_bytes=best.saved_bytes,
-        dense_saved_bytes=sum(dense_bytes(spec, batch) for spec in manifest.saved),
+        saved_bytes=chosen.saved_bytes,
+        dense_saved_bytes=sum(dense_bytes(spec, limits.batch) for spec in manifest.saved),
         bottleneck=prediction.bottleneck,
-        correction_bytes=correction_bytes,
-        rows=_rows(manifest, best, calibration, batch),
-        selection=selection,
+        correction_bytes=limits.correction_bytes,
+        rows=_rows(chosen, calibration),
+        selection=chosen.selection,
+        allocation=allocation,
+        error=chosen.error,
+        error_bound=error_bound,
         calibration=calibration,
     )
 
 
-def _last_that(holds: Callable[[int], bool], count: int) -> int | None:
-    """Return the last index below ``count`` that ``holds``, which no index after a failing one may; None if none."""
-    low, high = -1, count  # `low` holds, `high` fails; neither end is ever asked
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low if low >= 0 else None
-
-
-def _rows(manifest: Manifest, best: _Candidate, calibration: Calibration | None, batch: int) -> tuple[PlanRow, ...]:
-    specs = {spec.name: spec for spec in manifest.saved}
+def _rows(chosen: Candidate, calibration: Calibration | None) -> tuple[PlanRow, ...]:
+    specs, batch = {spec.name: spec for spec in chosen.manifest.saved}, chosen.limits.batch
     rows = []
-    for layer in manifest.layers:
-        spec = specs[layer.saved]
-        ranks = best.ranks.get(spec.name, {})
-        dense, stored = layer.dense_bytes(batch), sum(best.saved[spec.name].values())
-        energy = None if calibration is None else captured_energy_bound(spec, calibration, ranks, batch)
+    for layer in chosen.manifest.layers:
+        spec, one = specs[layer.saved], chosen.rates[layer.saved]
+        dense, stored = layer.dense_bytes(batch), sum(chosen.saved[spec.name].values())
+        energy = None if calibration is None else captured_energy_bound(spec, calibration, one.ranks, batch)
         ratio = dense / max(stored, 1)
         rows.append(
-            PlanRow(layer.name, layer.op, layer.role, layer.input_shape, dense, dict(ranks), stored, ratio, energy)
-        )
+            PlanRow(
+                layer.name, layer.op, layer.role, layer.input_shape, dense, dict(one.ranks), stored, ratio, energy,
+                one.label, one.epsilon, one.error,
+            )
+        )  # fmt: skip
     return tuple(rows)
 
 
@@ -276,40 +263,12 @@ def _check(batch: int, epsilon: float | None, budget_bytes: int | None, activati
             raise UsageError(f"the {name} is {value} bytes; expected at least 1")
 
 
-def _infeasible(
-    batch: int,
-    least: _Candidate,
-    prediction: Prediction,
-    budget_bytes: int | None,
-    activation_budget_bytes: int | None,
-    *,
-    given: float | None,
-    reserve_bytes: int,
-) -> BudgetError:
-    """Return the error for budgets that not even ``least``, at a micro-batch of 1, fits."""
-    setting = f"a batch of {batch} samples"
-    if least.epsilon is not None:
-        setting += f", epsilon = {given:g} as given" if given is not None else ", the least ranks"
-    lower = "" if given is None or least.epsilon is None else "lower epsilon, "
-    messages, least_bytes = [], 0
-    if activation_budget_bytes is not None and least.saved_bytes > activation_budget_bytes:
-        least_bytes = least.saved_bytes
-        messages.append(
-            f"the activation budget of {_exact(activation_budget_bytes)} is too small: the least is "
-            f"{_exact(least_bytes)}, with {setting}"
-        )
-    if budget_bytes is not None and prediction.peak_bytes + reserve_bytes > budget_bytes:
-        least_bytes = prediction.peak_bytes + reserve_bytes
-        largest = sorted(prediction.ledger.items(), key=lambda line: -line[1])[:3]
-        messages.append(
-            f"the budget of {_exact(budget_bytes)} is too small: the least is {_exact(least_bytes)}, with {setting} "
-            f"and a micro-batch of 1; its largest parts are "
-            f"{', '.join(f'{name} {format_bytes(size)}' for name, size in largest)}; "
-            f"the peak is at {prediction.bottleneck}"
-        )
-    advice = f"raise it, {lower}choose a smaller batch, or export with fewer trained layers"
-    return BudgetError("; ".join(reversed(messages)) + f"; {advice}", least_bytes=least_bytes)
-
-
-def _exact(size_bytes: int) -> str:
-    return f"{format_bytes(size_bytes)} ({size_bytes} bytes)"
+def _check_choices(allocation: str, codec: str | None, epsilon: float | None, rate: float | None) -> None:
+    if allocation not in ALLOCATIONS:
+        raise UsageError(f"the allocation '{allocation}' is unknown; choose one of: {choices(ALLOCATIONS)}")
+    given = {"codec": codec, "epsilon": epsilon, "rate": rate}
+    named = [name for name, value in given.items() if value is not None]
+    if allocation == "per-layer" and named:
+        raise UsageError(f"a per-layer allocation chooses by itself: leave out {choices(named)}, or allocate uniformly")
+    if epsilon is not None and rate is not None:
+        raise UsageError("epsilon and rate both say how much is kept; give one of them")

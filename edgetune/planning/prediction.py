@@ -81,7 +81,7 @@ def predict(
         "predict": (few, []),
     }
     peaks = {
-        name: _with(peak(_holding_inputs(manifest.graphs[name]), values), extra)
+        name: _with(peak(holding_inputs(manifest.graphs[name]), values), extra)
         for name, (values, extra) in held.items()
         if name in manifest.graphs
     }
@@ -152,7 +152,7 @@ def _symbols(manifest: Manifest, batch: int, ranks: Mapping[str, Mapping[str, in
     return symbols
 
 
-def _holding_inputs(graph: GraphSpec) -> GraphSpec:
+def holding_inputs(graph: GraphSpec) -> GraphSpec:
     """Return ``graph`` with every input alive until the end: no runtime can free what its caller holds.
 
     A graph in stages tells itself which inputs die with the first.
@@ -199,5 +199,10 @@ def _basis_bytes(manifest: Manifest, symbols: Mapping[str, int]) -> int:
     read = 0
     if "train" in manifest.graphs:
         read = sum(nbytes(use, symbols) for use in manifest.graphs["train"].tensors if use.kind == "basis")
-    modes = (mode for spec in manifest.saved for mode in spec.modes if mode.source == "basis")
-    return read + sum(_FLOAT_BYTES * mode.groups * mode.size**2 for mode in modes if mode.size is not None)
+    return read + full_basis_bytes(manifest.saved)
+
+
+def full_basis_bytes(saved: Iterable[SavedSpec]) -> int:
+    """Return the bytes of the full bases of settled tensors, of which the train graph reads some columns."""
+    modes = (mode for spec in saved for mode in spec.modes if mode.source == "basis")
+    return sum(_FLOAT_BYTES * mode.groups * mode.size**2 for mode in modes if mode.size is not None)

@@ -76,8 +76,11 @@ def _settled(spec: SavedSpec, selection: Selection) -> SavedSpec:
     return dataclasses.replace(spec, options=(option,), energy=spec.energy if option.lossy else None)
 
 
-def choose(graph: GraphSpec, saved: tuple[SavedSpec, ...], selection: Selection) -> Chosen:
-    """Return what remains of ``graph``; ``saved`` are the settled saved tensors. Without choices, all of it."""
+def choose(graph: GraphSpec, saved: tuple[SavedSpec, ...], selection: Selection, *, staged: bool = True) -> Chosen:
+    """Return what remains of ``graph``; ``saved`` are the settled saved tensors. Without choices, all of it.
+
+    Without ``staged`` it is described as one stage, even where the features are not needed in the backward pass.
+    """
     if not graph.choices:
         return Chosen(graph, tuple(range(len(graph.nodes))), {})
     alias: dict[str, str] = {}
@@ -112,7 +115,7 @@ def choose(graph: GraphSpec, saved: tuple[SavedSpec, ...], selection: Selection)
     remaining = {name for index in order for name in graph.wires[index].outputs}
     outputs = tuple(name for name in outputs if origin.get(name, name) in remaining)
     wires = tuple(_renamed(graph.wires[index], renamed) for index in order)
-    return Chosen(_described(graph, saved, wires, order, outputs, renamed), order, renamed)
+    return Chosen(_described(graph, saved, wires, order, outputs, renamed, staged), order, renamed)
 
 
 def _renamed(wire: WireSpec, renamed: Mapping[str, str]) -> WireSpec:
@@ -130,6 +133,7 @@ def _described(
     order: tuple[int, ...],
     outputs: tuple[str, ...],
     renamed: Mapping[str, str],
+    staged: bool,
 ) -> GraphSpec:
     """Return the description of the remaining nodes ``order``, whose wires are ``wires``."""
     known = {use.name: use for use in graph.tensors}
@@ -147,7 +151,7 @@ def _described(
     shapes = {n: known[n].shape for n in names}
     dtypes = {n: known[n].dtype for n in names}
     features = {n for n in inputs if known[n].kind == "feature"}
-    boundary = boundary_of(wires, {renamed.get(n, n) for n in graph.ends}, features)
+    boundary = boundary_of(wires, {renamed.get(n, n) for n in graph.ends}, features) if staged else None
     tensors = lifetimes(wires, resident, outputs, kinds, shapes, dtypes, boundary, graph.in_place)
     place = {old: new for new, old in enumerate(order)}
     workspaces = tuple(Workspace(place[w.node], w.elements, w.dtype) for w in graph.workspaces if w.node in place)

@@ -1,141 +1,35 @@
-"""What a calibration learned: the spectrum of every mode that a codec truncates, and the map from ε to ranks.
+"""From ε to what a codec is given: ranks and counts, through what a calibration learned.
 
 The map is that of the HOSVD paper: per mode, the least K such that the K largest eigenvalues of the mode's Gram matrix
 hold at least the fraction ε of their sum. As a function of ε a rank is a staircase whose steps are the cumulated
-fractions of the spectrum, so a search over ε needs to try those only.
-This module may know numpy, safetensors and the bundle; it must not know graphs, bytes, engines or where data is from.
+fractions of the spectrum, so a search over ε needs to try those only. A count is the least that keeps the fraction ε of
+the energy.
+This module may know numpy, the bundle and the sparse codecs' counts; it must not know graphs, bytes or engines.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
-from edgetune.bundle import Array, Manifest, ModeSpec, SavedSpec, sync_directory
-from edgetune.errors import BundleError, DataError, StateError, StorageError, UsageError, choices
+from edgetune.bundle import Array, Manifest, ModeSpec, SavedSpec
+from edgetune.codecs import count_grid
+from edgetune.errors import BundleError, StateError, UsageError, choices
+from edgetune.planning.calibration import Calibration, Spectrum, spectrum_of
+
+__all__ = [
+    "Calibration", "Ranks", "Spectrum", "breakpoints", "captured_energy_bound", "check_epsilon", "count_at",
+    "counts_at_rate", "energy_of_count", "fractions", "identity_calibration", "most_useful", "rank_at", "ranks_at",
+    "ranks_of", "spectrum_of",
+]  # fmt: skip
 
 Ranks = dict[str, dict[str, int]]
-"""Ranks by saved tensor and mode letter."""
+"""Ranks and counts by saved tensor and mode letter."""
 
-_FORMAT = "edgetune-calibration-1"
+COUNT = "count"
 _BELOW_ONE = float(np.nextafter(1.0, 0.0))
-
-
-@dataclass(frozen=True, eq=False)
-class Spectrum:
-    """The eigen-decomposition of the Gram matrices of one mode.
-
-    Attributes:
-        eigenvalues: [groups, n] float64, descending in each group, not negative.
-        basis: [groups, n, n] float32, whose columns are the eigenvectors in the same order; None for the batch mode,
-            whose basis means nothing to the next batch.
-    """
-
-    eigenvalues: Array
-    basis: Array | None
-
-    @property
-    def size(self) -> int:
-        """The extent n of the mode (per group), which is its full rank."""
-        return int(self.eigenvalues.shape[1])
-
-
-@dataclass(frozen=True, eq=False)
-class Calibration:
-    """The spectra of all truncated modes, by saved tensor and ``ModeSpec.spectrum``.
-
-    ``samples`` is how many samples they were measured on (0: none, see :func:`identity_calibration`); ``batch`` the
-    number of samples per batch, which is the extent of the batch modes.
-    """
-
-    spectra: Mapping[str, Mapping[str, Spectrum]]
-    samples: int
-    batch: int
-
-    def save(self, path: str | Path) -> None:
-        """Write the calibration as safetensors to ``path``, which holds either the old or the new file at any instant.
-
-        Raises:
-            StorageError: the disk refused the write.
-        """
-        target = Path(path)
-        temporary = target.with_name(target.name + ".tmp")
-        tensors: dict[str, Array] = {}
-        for saved, modes in self.spectra.items():
-            for letter, spectrum in modes.items():
-                tensors[f"eigenvalues/{letter}/{saved}"] = np.ascontiguousarray(spectrum.eigenvalues)
-                if spectrum.basis is not None:
-                    tensors[f"basis/{letter}/{saved}"] = np.ascontiguousarray(spectrum.basis)
-        metadata = {"format": _FORMAT, "samples": str(self.samples), "batch": str(self.batch)}
-        try:
-            save_file(tensors, temporary, metadata=metadata)
-            with temporary.open("rb") as stream:
-                os.fsync(stream.fileno())
-            temporary.replace(target)
-            sync_directory(target.parent)
-        except (OSError, SafetensorError) as error:
-            raise StorageError(f"the calibration cannot be written to '{target}' ({error}); make room") from None
-        finally:
-            with contextlib.suppress(OSError):  # after success it has its new name; after a failure, that one counts
-                temporary.unlink()
-
-    @staticmethod
-    def load(path: str | Path) -> Calibration:
-        """Return the calibration that :meth:`save` wrote to ``path``.
-
-        Raises:
-            StateError: the file is missing, damaged, or not a calibration of this version.
-        """
-        spectra: dict[str, dict[str, Spectrum]] = {}
-        try:
-            with safe_open(Path(path), framework="numpy") as stream:
-                metadata: dict[str, str] = stream.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise StateError(
-                        f"'{path}' is not a calibration: its format is {metadata.get('format')!r}, expected '{_FORMAT}'"
-                    )
-                names = set(stream.keys())
-                for name in sorted(n for n in names if n.startswith("eigenvalues/")):
-                    _, letter, saved = name.split("/", 2)
-                    basis = f"basis/{letter}/{saved}"
-                    spectra.setdefault(saved, {})[letter] = Spectrum(
-                        stream.get_tensor(name), stream.get_tensor(basis) if basis in names else None
-                    )
-                return Calibration(spectra, int(metadata["samples"]), int(metadata["batch"]))
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise StateError(f"the calibration '{path}' cannot be read ({error}); calibrate again") from None
-
-
-def spectrum_of(gram: Array, *, with_basis: bool = True) -> Spectrum:
-    """Return the spectrum of symmetric matrices ``gram`` [groups, n, n]; rounding below zero is clipped.
-
-    Without ``with_basis`` no eigenvectors are found, as suits the batch mode.
-
-    Raises:
-        DataError: a value is not finite.
-    """
-    if not np.isfinite(gram).all():
-        raise DataError("a Gram matrix is not finite; look for NaN or infinity in the calibration data")
-    groups, size, _ = gram.shape
-    eigenvalues = np.empty((groups, size), np.float64)
-    basis = np.empty((groups, size, size), np.float32) if with_basis else None
-    # One group at a time: a solver's scratch memory is several times its matrix.
-    for group in range(groups):
-        matrix = gram[group].astype(np.float64)
-        if basis is None:
-            eigenvalues[group] = np.linalg.eigvalsh(matrix)[::-1]
-        else:
-            values, vectors = np.linalg.eigh(matrix)
-            eigenvalues[group], basis[group] = values[::-1], vectors[:, ::-1]
-    return Spectrum(np.maximum(eigenvalues, 0.0), basis)
 
 
 def fractions(spectrum: Spectrum) -> Array:
@@ -174,10 +68,59 @@ def breakpoints(calibration: Calibration) -> Array:
     """Return all ε at which some rank changes, ascending and distinct, float64; the last is 1 (empty without modes).
 
     Every rank is constant on each interval (breakpoint, next breakpoint], so the largest ε with a given property of
-    the ranks is one of these.
+    the ranks is one of these. Counts change at nearly every ε: of those, the ε of the measured counts are here.
     """
     steps = [fractions(spectrum) for modes in calibration.spectra.values() for spectrum in modes.values()]
+    held = [_held(energies) for modes in calibration.counts.values() for energies in modes.values()]
+    steps += [np.append(shares[shares > 0], 1.0) for shares in held]
     return np.unique(np.concatenate(steps)) if steps else np.empty(0, np.float64)
+
+
+def count_at(energies: Array, size: int, epsilon: float) -> int:
+    """Return the least number of the ``size`` coefficients of a sample that hold at least ``epsilon`` of the energy.
+
+    ``energies`` as in ``Calibration.counts``. Between two measured counts it is found on the chord, which is below the
+    energy (the coefficients are taken by falling magnitude, so their energy is concave). Beyond the largest measured
+    count, which is the largest that makes the sparse form smaller than the dense one, and for ε = 1, it is ``size``.
+
+    Raises:
+        UsageError: ``epsilon`` is not in (0, 1].
+    """
+    check_epsilon(epsilon)
+    shares, grid = _held(energies), count_grid(size)
+    if epsilon >= 1 or not len(shares) or epsilon > shares[-1]:
+        return size
+    return max(1, int(np.ceil(np.interp(epsilon, np.append(0.0, shares), (0, *grid)) - 1e-9)))
+
+
+def energy_of_count(energies: Array, size: int, count: int) -> float:
+    """Return the least share of the energy that ``count`` coefficients hold, by the chords of :func:`count_at`."""
+    if count >= size:
+        return 1.0
+    return float(np.interp(count, (0, *count_grid(size)), np.append(0.0, _held(energies))))
+
+
+def most_useful(size: int) -> int:
+    """Return the largest count that is stored in fewer bytes than all ``size`` elements; 0 if there is none."""
+    return max(count_grid(size), default=0)
+
+
+def counts_at_rate(modes: Sequence[ModeSpec], rate: float) -> dict[str, int]:
+    """Return the counts k = ⌊n/λ⌋, at least 1, that ``rate`` λ gives (DCT/WT/ST paper, section 3), by mode letter.
+
+    Raises:
+        UsageError: ``rate`` is below 1.
+    """
+    if rate < 1:
+        raise UsageError(f"the rate is {rate}; expected a number of at least 1, such as 10: one element of ten is kept")
+    return {mode.letter: max(1, int((mode.size or 1) / rate)) for mode in modes if mode.source == COUNT}
+
+
+def _held(energies: Array) -> Array:
+    """Return [m] float64, ascending: the share of the energy at each measured count; 1 - 2⁻⁵³ at most, 1 for zeros."""
+    total = float(energies[-1])
+    shares = np.asarray(energies[:-1], np.float64) / total if total > 0 else np.ones(len(energies) - 1)
+    return np.maximum.accumulate(np.minimum(shares, _BELOW_ONE))
 
 
 def identity_calibration(manifest: Manifest, batch: int) -> Calibration:
@@ -186,17 +129,32 @@ def identity_calibration(manifest: Manifest, batch: int) -> Calibration:
     Any orthonormal basis is exact at full rank; below it these say nothing of the data, hence ``samples`` is 0.
     """
     spectra: dict[str, dict[str, Spectrum]] = {}
+    counts: dict[str, dict[str, Array]] = {}
     for spec in manifest.saved:
-        for mode in (mode for mode in spec.modes if mode.spectrum):
+        for mode in (mode for option in spec.options for mode in option.modes if mode.spectrum):
             size = _extent(spec, mode, batch)
+            if mode.source == COUNT:
+                counts.setdefault(spec.name, {})[mode.spectrum] = np.array((*count_grid(size), size), np.float64)
+                continue
             flat = np.ones((mode.groups, size), np.float64)
             unit = None if mode.letter == "b" else np.tile(np.eye(size, dtype=np.float32), (mode.groups, 1, 1))
             spectra.setdefault(spec.name, {})[mode.spectrum] = Spectrum(flat, unit)
-    return Calibration(spectra, samples=0, batch=batch)
+    return Calibration(spectra, samples=0, batch=batch, counts=counts)
 
 
 def ranks_at(manifest: Manifest, calibration: Calibration, epsilon: float, batch: int) -> Ranks:
-    """Return the rank of every truncated mode at ``epsilon`` for batches of ``batch`` samples.
+    """Return the rank or count of every mode of a settled bundle at ``epsilon``; see :func:`ranks_of`."""
+    return {
+        spec.name: ranks_of(spec, spec.modes, calibration, epsilon, batch)
+        for spec in manifest.saved
+        if any(mode.spectrum for mode in spec.modes)
+    }
+
+
+def ranks_of(
+    spec: SavedSpec, modes: Sequence[ModeSpec], calibration: Calibration, epsilon: float, batch: int
+) -> dict[str, int]:
+    """Return the rank or count of each of ``modes`` (one option's) at ``epsilon``, by letter, for batches of ``batch``.
 
     The rank of a batch mode is capped by ``batch``. Where the calibration's batches were smaller, it is stretched
     linearly, such that 1 stays 1 and full rank stays full rank.
@@ -205,16 +163,14 @@ def ranks_at(manifest: Manifest, calibration: Calibration, epsilon: float, batch
         StateError: the calibration lacks a mode of this bundle, or its extent differs.
         UsageError: ``epsilon`` is not in (0, 1].
     """
-    return {
-        spec.name: {
-            mode.letter: _planned_rank(mode, rank_at(found, epsilon), found.size, batch)
-            for mode in spec.modes
-            if mode.spectrum
-            for found in (_spectrum_for(calibration, spec, mode),)
-        }
-        for spec in manifest.saved
-        if any(mode.spectrum for mode in spec.modes)
-    }
+    found = {}
+    for mode in (mode for mode in modes if mode.spectrum):
+        if mode.source == COUNT:
+            found[mode.letter] = count_at(_energies_for(calibration, spec, mode), _extent(spec, mode, batch), epsilon)
+        else:
+            spectrum = _spectrum_for(calibration, spec, mode)
+            found[mode.letter] = _planned_rank(mode, rank_at(spectrum, epsilon), spectrum.size, batch)
+    return found
 
 
 def captured_energy_bound(
@@ -223,21 +179,26 @@ def captured_energy_bound(
     """Return a lower bound of the energy ‖decoded‖² / ‖X‖² that ``ranks`` (by mode letter) keep of the data seen.
 
     The truncated HOSVD loses at most the sum over the modes of the eigenvalues that each discards (De Lathauwer,
-    De Moor and Vandewalle, 2000, property 10), hence 1 - Σ_modes (1 - kept fraction), floored at 0. None where
-    nothing is truncated by design (no modes), or where there was no data and some mode is below full rank.
+    De Moor and Vandewalle, 2000, property 10), hence 1 - Σ_modes (1 - kept fraction), floored at 0. Of counts: what was
+    measured. None where no mode has a rank or count, or where there was no data and some mode is below full rank.
 
     Raises:
         StateError: the calibration lacks a mode of this bundle, or its extent differs.
     """
-    if not spec.modes:
+    modes = [mode for mode in spec.modes if mode.spectrum]
+    if not modes:
         return None
     lost = 0.0
-    for mode in (mode for mode in spec.modes if mode.spectrum):
-        spectrum, rank = _spectrum_for(calibration, spec, mode), ranks[mode.letter]
-        if rank >= _extent(spec, mode, batch):
+    for mode in modes:
+        rank, extent = ranks[mode.letter], _extent(spec, mode, batch)
+        if rank >= extent:
             continue
         if calibration.samples == 0:
             return None
+        if mode.source == COUNT:
+            lost += 1.0 - energy_of_count(_energies_for(calibration, spec, mode), extent, rank)
+            continue
+        spectrum = _spectrum_for(calibration, spec, mode)
         if mode.letter == "b" and spectrum.size < batch:  # undo the stretching of `_planned_rank`, rounding down
             rank = 1 + (rank - 1) * (spectrum.size - 1) // (batch - 1)
         lost += 1.0 - float(fractions(spectrum)[min(rank, spectrum.size) - 1])
@@ -270,6 +231,18 @@ def _spectrum_for(calibration: Calibration, spec: SavedSpec, mode: ModeSpec) -> 
         raise StateError(
             f"the calibration of '{spec.name}' mode '{mode.letter}' has [groups, n] = {found.eigenvalues.shape}, the "
             f"bundle {expected}: it belongs to another bundle; calibrate again"
+        )
+    return found
+
+
+def _energies_for(calibration: Calibration, spec: SavedSpec, mode: ModeSpec) -> Array:
+    """Return the energies by count of one mode, after checking that they belong to this bundle."""
+    found = calibration.counts.get(spec.name, {}).get(mode.spectrum)
+    expected = len(count_grid(mode.size or 1)) + 1
+    if found is None or len(found) != expected:
+        raise StateError(
+            f"the calibration of '{spec.name}' has {'no' if found is None else len(found)} energies for "
+            f"'{mode.spectrum}', the bundle {expected}: it belongs to another bundle; calibrate again"
         )
     return found
 

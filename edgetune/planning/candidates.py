@@ -1,0 +1,123 @@
+"""Ways to train a bundle that a planner weighs: what each stores and takes, and whether it is within the limits.
+
+This module may know the manifest, rates and predictions; it must not know how one is chosen, or engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from edgetune.bundle import Manifest
+from edgetune.planning.prediction import Prediction, predict, saved_bytes_by_tensor
+from edgetune.planning.rates import Rated, at_rate, rated
+from edgetune.planning.selection import default_selection, settle
+from edgetune.planning.spectra import Calibration, Ranks
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a plan must hold, and what is known of the process that will run it; see ``plan.make_plan``."""
+
+    batch: int
+    runtime_bytes: int
+    budget_bytes: int | None = None
+    activation_budget_bytes: int | None = None
+    correction_bytes: int = 0
+    reserve_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One option at one rate for every saved tensor, and what follows. ``manifest`` is settled; ``epsilon`` is the one
+    ε of all (None: none, or several)."""
+
+    manifest: Manifest
+    rates: Mapping[str, Rated]
+    limits: Limits
+    epsilon: float | None = None
+    _predictions: dict[int, Prediction] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def selection(self) -> dict[str, str]:
+        """The label of the option by saved tensor."""
+        return {name: one.label for name, one in self.rates.items()}
+
+    @property
+    def ranks(self) -> Ranks:
+        """Ranks and counts by saved tensor and mode letter; tensors without any have no entry."""
+        return {name: dict(one.ranks) for name, one in self.rates.items() if one.ranks}
+
+    @property
+    def error(self) -> float | None:
+        """The sum of the errors; None where one is unknown."""
+        known = [one.error for one in self.rates.values() if one.error is not None]
+        return sum(known) if len(known) == len(self.rates) else None
+
+    @cached_property
+    def saved(self) -> Mapping[str, Mapping[str, int]]:
+        """Bytes of what is stored, by saved tensor and tensor of the train graph."""
+        return saved_bytes_by_tensor(self.manifest, batch=self.limits.batch, ranks=self.ranks)
+
+    @property
+    def saved_bytes(self) -> int:
+        """The bytes of all that is stored, each tensor once."""
+        return sum({name: size for tensors in self.saved.values() for name, size in tensors.items()}.values())
+
+    def cost(self, micro_batch: int = 1) -> Prediction:
+        """Return what the process needs."""
+        if micro_batch not in self._predictions:
+            limits = self.limits
+            self._predictions[micro_batch] = predict(
+                self.manifest,
+                batch=limits.batch,
+                micro_batch=micro_batch,
+                ranks=self.ranks,
+                runtime_bytes=limits.runtime_bytes,
+                correction_bytes=limits.correction_bytes,
+            )
+        return self._predictions[micro_batch]
+
+    def needed_bytes(self, micro_batch: int = 1) -> int:
+        """Return the least budget that this fits: the predicted peak and the reserve."""
+        return self.cost(micro_batch).peak_bytes + self.limits.reserve_bytes
+
+    def fits(self, micro_batch: int = 1) -> bool:
+        """Tell whether this is within both budgets."""
+        limits = self.limits
+        if limits.activation_budget_bytes is not None and self.saved_bytes > limits.activation_budget_bytes:
+            return False
+        return limits.budget_bytes is None or self.needed_bytes(micro_batch) <= limits.budget_bytes
+
+
+class Workbench:
+    """Makes candidates for one bundle, calibration and set of limits; each selection is settled once."""
+
+    def __init__(self, manifest: Manifest, calibration: Calibration | None, limits: Limits) -> None:
+        self.manifest, self.calibration, self.limits = manifest, calibration, limits
+        self._settled: dict[tuple[str, ...], Manifest] = {}
+
+    def uniform(self, codec: str | None, epsilon: float | None, rate: float | None = None) -> Candidate:
+        """Return the candidate that keeps every tensor by ``codec`` at ``epsilon`` (None: 1), or at ``rate``.
+
+        Raises:
+            UsageError: no tensor has an option of that label, or a number is out of range.
+        """
+        selection = default_selection(self.manifest, codec)
+        batch, known = self.limits.batch, self.calibration
+        value = 1.0 if epsilon is None else epsilon
+        rates = {
+            spec.name: at_rate(spec, selection[spec.name], rate, known, batch)
+            if rate is not None
+            else rated(spec, selection[spec.name], value, known, batch)
+            for spec in self.manifest.saved
+        }
+        return self.mixed(rates, epsilon)
+
+    def mixed(self, rates: Mapping[str, Rated], epsilon: float | None = None) -> Candidate:
+        """Return the candidate of ``rates``, one per saved tensor."""
+        key = tuple(rates[spec.name].label for spec in self.manifest.saved)
+        if key not in self._settled:
+            self._settled[key] = settle(self.manifest, {name: one.label for name, one in rates.items()})
+        return Candidate(self._settled[key], rates, self.limits, epsilon)
