@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgetune.bundle import Array, Manifest, OptionSpec, SavedSpec
+from edgetune.codecs.half import FLOAT16
 from edgetune.codecs.table import EXACT_AT_FULL_RANK
 from edgetune.errors import BundleError
 from edgetune.planning.selection import LOSSLESS
@@ -57,7 +58,8 @@ def exact_option(spec: SavedSpec) -> OptionSpec:
         BundleError: there is none.
     """
     lossless = [option for option in spec.options if not option.lossy]
-    full = [option for option in spec.options if option.codec in EXACT_AT_FULL_RANK]
+    # What is stored as float16 is rounded at any rank.
+    full = [o for o in spec.options if o.codec in EXACT_AT_FULL_RANK and o.config.get("storage") != FLOAT16]
     dense = [option for option in lossless if option.codec == LOSSLESS]
     try:
         return next(itertools.chain(dense, lossless, full))

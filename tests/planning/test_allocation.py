@@ -219,3 +219,18 @@ def test_bytes_and_errors_of_any_size() -> None:
 def test_a_malformed_problem_is_refused(base: list[int], slots: list[Slot], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Allocator(np.array(base, np.int64), slots)
+
+
+def test_prices_that_rounding_cannot_tell_apart() -> None:
+    """Found by a random instance: the matrix of a Newton step was singular."""
+    slots = [
+        Slot(np.zeros(3), np.array([[0, 3, 0], [0, 3, 0], [3, 0, 0]])),
+        Slot(np.zeros(2), np.array([[0, 3, 0], [3, 0, 0]])),
+    ]
+    allocator = Allocator(np.zeros(3, np.int64), slots)
+    least = allocator.least_peak()
+    assert (least.peak_bytes, least.exact) == (3, True)
+    for budget in range(3, 8):
+        found = allocator.allocate(budget)
+        assert (found.error, found.exact) == (0.0, True)
+        assert found.peak_bytes <= budget

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edgetune.codecs import count_grid
-from edgetune.errors import StateError, UsageError
+from edgetune.errors import BundleError, StateError, UsageError
 from edgetune.planning.plan import make_plan
 from edgetune.planning.rates import at_rate, exact_option, interpolated, rated
 from edgetune.planning.spectra import (
@@ -69,6 +69,14 @@ def test_where_a_sparse_form_is_no_smaller_the_dense_tensor_is_kept() -> None:
     other = menu_manifest(SHAPES, ("dct", "hosvd"))
     taken = rated(other.saved[0], "dct", 1.0, calibration, BATCH)
     assert (taken.label, dict(taken.ranks)) == ("hosvd", {"c": 8})
+
+
+def test_float16_is_exact_at_no_rank() -> None:
+    spec = menu_manifest(SHAPES, ("hosvd",)).saved[0]
+    assert exact_option(spec).label == "hosvd"
+    half = dataclasses.replace(spec.options[0], config={"storage": "float16"})
+    with pytest.raises(BundleError, match="no option keeps 'l0' exactly"):
+        exact_option(dataclasses.replace(spec, options=(half,)))
 
 
 @pytest.mark.parametrize("rate", [1.0, 10.0, 1000.0])
