@@ -119,6 +119,9 @@ def choose(graph: GraphSpec, saved: tuple[SavedSpec, ...], selection: Selection,
 
 
 def _renamed(wire: WireSpec, renamed: Mapping[str, str]) -> WireSpec:
+    # Few nodes are next to a choice; a planner chooses hundreds of times, and most of the time went into copies here.
+    if renamed.keys().isdisjoint(wire.inputs) and renamed.keys().isdisjoint(wire.outputs):
+        return wire
     return WireSpec(
         wire.op,
         tuple(renamed.get(name, name) for name in wire.inputs),
