@@ -133,9 +133,17 @@ class UNet(nn.Module):
     """U-Net in 1, 2 or 3 dimensions (Ronneberger et al. 2015; Çiçek et al. 2016), two levels deep.
 
     ``upsample``: "transposed" (ConvTranspose of stride 2) or a mode of ``functional.interpolate`` before a convolution.
+    ``widths``: channels of the levels, the finest first.
     """
 
-    def __init__(self, axes: int, classes: int, upsample: str = "transposed", channels: int = 1) -> None:
+    def __init__(
+        self,
+        axes: int,
+        classes: int,
+        upsample: str = "transposed",
+        channels: int = 1,
+        widths: tuple[int, int, int] = (6, 8, 12),
+    ) -> None:
         super().__init__()
         conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[axes - 1]
         transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[axes - 1]
@@ -146,15 +154,16 @@ class UNet(nn.Module):
             return nn.Sequential(conv(inputs, outputs, 3, padding=1, bias=False), norm(outputs), nn.ReLU())
 
         self.upsample = upsample
-        self.down1, self.down2, self.bottom = block(channels, 6), block(6, 8), block(8, 12)
+        fine, middle, coarse = widths
+        self.down1, self.down2, self.bottom = block(channels, fine), block(fine, middle), block(middle, coarse)
         self.pool = pool(2)
         if upsample == "transposed":
-            self.up2: nn.Module = transposed(12, 8, 2, 2)
-            self.up1: nn.Module = transposed(8, 6, 2, 2)
+            self.up2: nn.Module = transposed(coarse, middle, 2, 2)
+            self.up1: nn.Module = transposed(middle, fine, 2, 2)
         else:
-            self.up2, self.up1 = conv(12, 8, 3, padding=1), conv(8, 6, 3, padding=1)
-        self.merge2, self.merge1 = block(16, 8), block(12, 6)
-        self.classifier = conv(6, classes, 1)
+            self.up2, self.up1 = conv(coarse, middle, 3, padding=1), conv(middle, fine, 3, padding=1)
+        self.merge2, self.merge1 = block(2 * middle, middle), block(2 * fine, fine)
+        self.classifier = conv(fine, classes, 1)
 
     def _up(self, layer: nn.Module, x: Tensor) -> Tensor:
         if self.upsample != "transposed":
