@@ -69,32 +69,30 @@ def study(
     engines: Sequence[str],
     seconds: float,
     run: Measure,
-    say: Callable[[str], None],
+    tell: Callable[[Table], None],
 ) -> Table:
-    """Return the figures of ``subject``; ``run`` measures one plan, ``say`` is told of the progress."""
+    """Return the figures of ``subject``; ``run`` measures one plan, ``tell`` gets what there is after each codec."""
     from edgetune.errors import EdgeTuneError
     from tools.codec_study import Study
 
     with tempfile.TemporaryDirectory(prefix="edgetune-codecs-") as scratch:
         made = Study(subject, codecs, Path(scratch))
-        say(f"{subject.name}: exported in {made.export.seconds:.1f} s")
         dense = made.write("dense-baseline", made.dense)
-        rows, failures = [], []
+        table = Table(subject, made.export, made.dense.dense_saved_bytes, (), ())
         for codec in dict.fromkeys(("dense", *codecs)):
             plans = made.plans(codec, rates)
             found = tuple(made.rate(codec, wanted, knob, plan) for wanted, knob, plan in plans)
-            folder, memory = made.write(codec, plans[0][2]), {}
+            folder, memory, failures = made.write(codec, plans[0][2]), dict[str, Memory](), []
             for engine in engines:
                 try:
                     memory[engine] = run(made.folder, folder, dense, engine, seconds)
                 except EdgeTuneError as error:
                     failures.append(f"{codec}, {engine}: {error}")
-            rows.append(Row(found, memory))
-            times = " ".join(
-                f"{e} {m.held / _KIB:.0f} KiB x{m.seconds / m.dense_seconds:.2f}" for e, m in memory.items()
+            table = dataclasses.replace(
+                table, rows=(*table.rows, Row(found, memory)), failures=(*table.failures, *failures)
             )
-            say(f"  {codec:22} {found[0].saved_bytes / _KIB:8.0f} KiB  error {found[0].mean_error:.3g}  {times}")
-        return Table(subject, made.export, made.dense.dense_saved_bytes, tuple(rows), tuple(failures))
+            tell(table)
+        return table
 
 
 def eta(memory: Memory, dense: Memory) -> float:
@@ -240,7 +238,7 @@ def main(arguments: Sequence[str] | None = None, run: Measure = in_a_fresh_proce
     parser.add_argument("--read", type=Path, action="append", help="measure nothing: take figures that --json wrote")
     args = parser.parse_args(arguments)
     begin = time.perf_counter()
-    tables, origins = [], []
+    tables, origins = list[Table](), list[str]()
     for file in args.read or ():
         data = json.loads(file.read_text())
         tables += [_table(entry) for entry in data["tables"]]
@@ -250,17 +248,17 @@ def main(arguments: Sequence[str] | None = None, run: Measure = in_a_fresh_proce
             continue
         last = subject.last if args.last is None else int(args.last) if args.last.isdigit() else args.last
         chosen = dataclasses.replace(subject, batch=args.batch or subject.batch, last=last)
-        tables.append(
-            study(
-                chosen, args.codec or CODECS, args.rate or RATES, args.engine or ENGINES, args.seconds, run,
-                lambda text: print(text, file=sys.stderr, flush=True),
-            )
-        )  # fmt: skip
-        origin = _origin(arguments, time.perf_counter() - begin)
-        origins = [origin]
-        if args.json:
-            data = {"origin": origin, "tables": [_plain(table) for table in tables]}
-            args.json.write_text(json.dumps(data, indent=1))
+
+        def tell(table: Table, done: tuple[Table, ...] = tuple(tables)) -> None:
+            codec = table.rows[-1].rates[0].codec
+            print(f"{table.subject.name}: {codec}, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+            origins[:] = [_origin(arguments, time.perf_counter() - begin)]
+            if args.json:
+                data = {"origin": origins[0], "tables": [_plain(each) for each in (*done, table)]}
+                args.json.write_text(json.dumps(data, indent=1))
+
+        rates, engines = args.rate or RATES, args.engine or ENGINES
+        tables.append(study(chosen, args.codec or CODECS, rates, engines, args.seconds, run, tell))
     page = markdown(sorted(tables, key=lambda table: names.index(table.subject.name)), origins)
     if args.markdown == "-":
         print(page)
