@@ -165,9 +165,18 @@ def markdown(tables: Sequence[Table], origins: Sequence[str]) -> str:
             "| " + " | ".join(HEADS) + " |",
             "|" + "---|" * len(HEADS),
             *("| " + " | ".join(cells(row, table)) + " |" for row in table.rows),
+            *_missing(table),
             *("" if not table.failures else "\n" + "\n".join(f"- {text}" for text in table.failures),),
         ]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _missing(table: Table) -> list[str]:
+    from tools.codec_study import CODECS
+
+    found = {row.rates[0].codec for row in table.rows}
+    names = ", ".join(f"`{codec}`" for codec in CODECS if codec not in found)
+    return ["", f"Not measured: {names}."] if names else []
 
 
 def _tensors(table: Table) -> str:
@@ -268,7 +277,10 @@ def main(arguments: Sequence[str] | None = None, run: Measure = in_a_fresh_proce
 
 
 def _origin(arguments: Sequence[str] | None, seconds: float) -> str:
-    given = arguments if arguments is not None else sys.argv[1:]
+    given = list(arguments if arguments is not None else sys.argv[1:])
+    for place in ("--json", "--markdown"):  # where things were written to is nobody's business
+        if place in given:
+            del given[given.index(place) : given.index(place) + 2]
     command = " ".join(["python tools/codecs.py", *given])
     return f"Written by `{command}` on {datetime.date.today().isoformat()} in {seconds / 60:.0f} minutes: {machine()}."
 
