@@ -39,6 +39,12 @@ class Option:
     inputs: tuple[tuple[Mode, str], ...] = ()
     encoded: Encoded | None = None
 
+    @property
+    def following(self) -> dict[str, str]:
+        """What the emitted encoder makes for the next step, by the graph input that it is for."""
+        made = self.encoded.carried if self.encoded is not None else {}
+        return {name: made[mode.letter] for mode, name in self.inputs if mode.letter in made}
+
 
 @dataclass(frozen=True)
 class Slot:

@@ -186,6 +186,9 @@ class _Reverser:
         energies = [option.encoded.energy or "" for option in options if option.encoded is not None]
         if any(energies):
             self.energies[slot.saved.name] = self.choose(slot.saved.name, energies, "energy")
+        following = [option.following for option in options]
+        for name in dict.fromkeys(name for made in following for name in made):
+            self.carried[name] = self.choose(slot.saved.name, [made.get(name, "") for made in following], "next")
         return dataclasses.replace(slot, options=tuple(options))
 
     def _encoded(self, slot: Slot, option: Option) -> Encoded:
@@ -212,8 +215,6 @@ class _Reverser:
         bases = {mode.letter: name for mode, name in option.inputs if mode.source is Source.BASIS}
         stored, rest = made[: len(hints)], made[len(hints) :]
         carried = dict(zip((mode.letter for mode in moving), rest[len(energy) :], strict=True))
-        names = {mode.letter: name for mode, name in option.inputs}
-        self.carried |= {names[letter]: made for letter, made in carried.items()}
         self.kept_names.extend(stored)
         return Encoded(stored, bases, rest[0] if energy else None, carried)
 

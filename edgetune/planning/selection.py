@@ -111,9 +111,6 @@ def choose(graph: GraphSpec, saved: tuple[SavedSpec, ...], selection: Selection,
             kept.add(index)
             pending.extend(graph.wires[index].inputs)
     order = tuple(sorted(kept))
-    # An output that only an option that was not chosen makes (the factor that it carries to the next step) is gone.
-    remaining = {name for index in order for name in graph.wires[index].outputs}
-    outputs = tuple(name for name in outputs if origin.get(name, name) in remaining)
     wires = tuple(_renamed(graph.wires[index], renamed) for index in order)
     return Chosen(_described(graph, saved, wires, order, outputs, renamed, staged), order, renamed)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import edgetune
-from edgetune.bundle import Array, Bundle
+from edgetune.bundle import Array, Bundle, Manifest
 from edgetune.engines.session import TrainingSession
 from edgetune.errors import UsageError
 from edgetune.export.bundling import ExportOptions, export_bundle
@@ -171,6 +171,46 @@ def test_without_choices_a_graph_is_left_as_it_is() -> None:
     spec = menu_bundle().manifest.graphs["predict"]
     chosen = choose(spec, (), {})
     assert chosen.spec is spec and chosen.kept == tuple(range(len(spec.nodes))) and not chosen.renamed
+
+
+# ---- what one step hands to the next ------------------------------------------------------------------------------
+
+CARRYING = "asi+dense+asi:storage=float16+recompute"
+
+
+@functools.cache
+def carrying_bundle() -> Bundle:
+    torch.manual_seed(3)
+    model = Residual(3, (16, 24), 2, 5).eval()
+    return edgetune.export(model, torch.zeros(1, 3, 16, 16), Path(_SHELF.name) / "carrying", last=2, codec=CARRYING)
+
+
+def carrying(manifest: Manifest, label: str) -> set[str]:
+    """Return the names of all inputs that this codec brings from one step to the next."""
+    options = (option for spec in manifest.saved for option in spec.options if option.label == label)
+    return {mode.input for option in options for mode in option.modes if mode.source == "carried"}
+
+
+@pytest.mark.parametrize("label", CARRYING.split("+"))
+def test_only_the_chosen_codec_hands_something_to_the_next_step(label: str) -> None:
+    manifest = carrying_bundle().manifest
+    assert carrying(manifest, "asi") == carrying(manifest, "asi:storage=float16") != set()
+    chosen = settle(manifest, default_selection(manifest, label)).graphs["train"]
+    made = {name.removeprefix("next/") for name in chosen.outputs if name.startswith("next/")}
+    assert made == carrying(manifest, label)
+    assert made == {name for name in chosen.inputs if ".carried." in name}
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_a_factor_goes_from_step_to_step_and_is_forgotten_by_codecs_without_one(engine: str) -> None:
+    bundle = carrying_bundle()
+    x, y = samples(BATCH, bundle.manifest.inputs[0].shape)
+    session = TrainingSession(bundle, plan_for(bundle, default_selection(bundle.manifest, "dense")), engine=engine)
+    for label in ("dense", "asi", "asi:storage=float16", "dense"):
+        session.set_plan(plan_for(bundle, default_selection(bundle.manifest, label), 0.6))
+        session.step(x, y)
+        carried = {name.removeprefix("carried/") for name in session.state() if name.startswith("carried/")}
+        assert carried == carrying(bundle.manifest, label)
 
 
 # ---- values -------------------------------------------------------------------------------------------------------
