@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from onnx import TensorProto, numpy_helper
 
 import edgetune
@@ -313,3 +314,21 @@ def test_the_gradient_graph_of_the_training_build_agrees_with_ours(
     loss, gradients = edgetune.TrainingSession(bundle, plan, verify=False).gradients(sample.x, sample.y)
     assert loss == pytest.approx(float(seen["loss"]), rel=TOLERANCE)
     assert worst_error(gradients, under(seen, "gradient/")) < TOLERANCE
+
+
+@pytest.mark.parametrize("codec", ["asi", "int8", "hosvd+dense"])
+def test_the_codecs_that_the_refusal_of_another_names_are_taken(codec: str, tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
+
+    def write(spelled: str) -> None:
+        bundle = edgetune.export(
+            model, torch.zeros(1, 8), tmp_path / "bundle", last=1, codec=spelled, optimizer="adamw"
+        )
+        write_ort_training(bundle, edgetune.plan(bundle, batch=4, epsilon=1.0), tmp_path / "artifacts")
+
+    with pytest.raises(ExportError, match="export with --codec") as refused:
+        write(codec)
+    named = str(refused.value).partition("--codec ")[2].replace(" or ", ", ").split(", ")
+    assert len(named) > 2
+    for name in named:
+        write(name)

@@ -162,7 +162,7 @@ def _frozen(bundle: Bundle, plan: Plan, seed: int) -> dict[str, Array]:
     if odd or bundle.manifest.graphs["train"].choices:
         raise ExportError(
             f"the target ort-training takes one codec whose run-time inputs may stay the same in every step, not "
-            f"'{bundle.manifest.codec}'; export with --codec dense, hosvd, svd, patch or fp16"
+            f"'{bundle.manifest.codec}'; export with --codec dense, hosvd, hosvd-exact, svd or recompute"
         )
     result: dict[str, Array] = {}
     for saved in bundle.manifest.saved:
