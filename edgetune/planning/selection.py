@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from edgetune.bundle import GraphSpec, Manifest, SavedSpec, StageSpec, WireSpec, Workspace
+from edgetune.codecs import codec_named, label_of
 from edgetune.errors import BundleError, UsageError, choices
 from edgetune.planning.lifetimes import boundary_of, lifetimes
 
@@ -38,7 +39,8 @@ class Chosen:
 
 
 def default_selection(manifest: Manifest, codec: str | None = None) -> dict[str, str]:
-    """Return the selection in which every saved tensor is kept by ``codec`` (a label), or else the first of its menu.
+    """Return the selection in which every saved tensor is kept by ``codec`` (as spelled), or else by the first
+    of its menu.
 
     A tensor to which the codec does not apply is kept dense, or by the first of its menu.
 
@@ -46,8 +48,8 @@ def default_selection(manifest: Manifest, codec: str | None = None) -> dict[str,
         UsageError: no saved tensor has an option of that label.
     """
     labels = {spec.name: [option.label for option in spec.options] for spec in manifest.saved}
-    wanted = codec or manifest.codec.split("+")[0]
-    if codec is not None and not any(codec in known for known in labels.values()):
+    wanted = label_of(codec_named(codec or manifest.codec.split("+")[0]))
+    if codec is not None and not any(wanted in known for known in labels.values()):
         every = dict.fromkeys(label for known in labels.values() for label in known)
         raise UsageError(f"the bundle keeps no tensor as '{codec}'; choose one of: {choices(every)}")
     return {

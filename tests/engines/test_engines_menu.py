@@ -144,7 +144,7 @@ def test_a_selection_must_name_every_tensor_and_an_option_of_it() -> None:
         settle(manifest, {**selection, first: "zip"})
     with pytest.raises(UsageError, match=f"lacks '{first}'"):
         settle(manifest, {name: label for name, label in selection.items() if name != first})
-    with pytest.raises(UsageError, match="keeps no tensor as 'zip'"):
+    with pytest.raises(UsageError, match="no codec 'zip'"):
         default_selection(manifest, "zip")
 
 
