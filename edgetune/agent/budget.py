@@ -10,12 +10,20 @@ import gc
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from edgetune.bundle import Manifest
 from edgetune.engines import heap
 from edgetune.errors import BudgetError
+from edgetune.planning.candidates import Limits
 from edgetune.planning.plan import Plan, make_plan
+from edgetune.planning.rates import LEVELS, comparable, has_errors, ranked
 from edgetune.planning.rebase import rebased, suffices
+from edgetune.planning.selection import described
 from edgetune.planning.spectra import Calibration, identity_calibration
+from edgetune.planning.uniform import labels_of
+
+PER_LAYER = "per-layer"
 
 ALWAYS_THERE = ("runtime", "weights", "parameters", "optimizer", "bases")
 """The lines of a plan's ledger that are resident in every phase."""
@@ -29,6 +37,8 @@ class PlanRequest:
     budget_bytes: int | None
     activation_budget_bytes: int | None
     epsilon: float | None
+    allocation: str = "uniform"
+    codec: str | None = None
 
 
 class Budgeter:
@@ -62,6 +72,10 @@ class Budgeter:
 
         A given ε that no longer fits the budget yields to it. Raises no BudgetError: the old ranks fit as before.
         """
+        old = self.plan.calibration
+        if old is not None and old.errors and not calibration.errors:
+            # Of ε, not of ranks: the ranks that an ε needs are those of the newer data.
+            calibration = dataclasses.replace(calibration, errors=old.errors)
         kept = rebased(self.manifest, self.plan, calibration)
         if suffices(self.manifest, self.plan, calibration):
             self.plan = kept
@@ -131,29 +145,85 @@ class Budgeter:
             if not self.plan.ranks and measured_bytes <= budget_bytes:
                 self._reserve_bytes = 0  # a lossless codec has nothing to give, and the budget is kept without it
         self.corrected = True
-        self.plan = self._make(self.plan.calibration, correction, self._epsilon())
+        try:
+            self.plan = self._make(self.plan.calibration, correction, self._epsilon())
+        except BudgetError:
+            if self.request.allocation != PER_LAYER or budget_bytes is None or measured_bytes > budget_bytes:
+                raise
+            self._reserve_bytes = 0  # no selection takes less, and the budget is kept without it
+            self.plan = self._make(self.plan.calibration, correction, self._epsilon())
         return self.plan
+
+    def limits(self, samples: int, held_bytes: int, resident_bytes: int | None) -> Limits:
+        """Return the limits of a measurement on ``samples`` at once.
+
+        Args:
+            held_bytes: what is held besides what a training step holds.
+            resident_bytes: what the process holds now; None: not known.
+        """
+        excess_bytes = 0
+        if resident_bytes is not None:
+            excess_bytes = resident_bytes - sum(self.plan.ledger.get(line, 0) for line in ALWAYS_THERE)
+        request = self.request
+        return Limits(
+            samples, self.runtime_bytes, request.budget_bytes, request.activation_budget_bytes,
+            max(0, self.plan.correction_bytes, excess_bytes) + held_bytes, self._reserve_bytes,
+        )  # fmt: skip
 
     def _epsilon(self) -> float | None:
         return None if self._yielded else self.request.epsilon
 
     def _make(self, calibration: Calibration | None, correction_bytes: int, epsilon: float | None) -> Plan:
-        return make_plan(
-            self.manifest,
-            batch=self.request.batch,
-            calibration=calibration,
-            budget_bytes=self.request.budget_bytes,
-            activation_budget_bytes=self.request.activation_budget_bytes,
-            epsilon=epsilon,
-            runtime_bytes=self.runtime_bytes,
-            correction_bytes=correction_bytes,
-            reserve_bytes=self._reserve_bytes,
-        )
+        request = self.request
+
+        def make(manifest: Manifest, known: Calibration | None, **how: Any) -> Plan:
+            return make_plan(
+                manifest,
+                batch=request.batch,
+                calibration=known,
+                budget_bytes=request.budget_bytes,
+                activation_budget_bytes=request.activation_budget_bytes,
+                runtime_bytes=self.runtime_bytes,
+                correction_bytes=correction_bytes,
+                reserve_bytes=self._reserve_bytes,
+                **how,
+            )
+
+        if request.allocation != PER_LAYER:
+            return make(self.manifest, calibration, epsilon=epsilon, codec=request.codec)
+        measured = comparable(self.manifest, calibration)
+        if has_errors(measured, calibration):
+            return make(measured, calibration, allocation=PER_LAYER)
+        # Nothing tells codecs apart yet: one for all, a lossless one if any of those fits, else the first that does.
+        lossy = {option.label for spec in self.manifest.saved for option in spec.options if option.lossy}
+        for label in sorted(labels_of(self.manifest), key=lambda label: label in lossy):
+            try:
+                return make(self.manifest, calibration, codec=label)
+            except BudgetError:
+                continue
+        return make(self.manifest, _guessed(self.manifest, calibration, request.batch), allocation=PER_LAYER)
+
+
+def _guessed(manifest: Manifest, calibration: Calibration | None, batch: int) -> Calibration:
+    """Return a calibration with the errors of the tensors themselves, √(1 - ε), for those of the gradients; of options
+    without an ε nothing is known but that they lose no more than all."""
+    known = identity_calibration(manifest, batch) if calibration is None else calibration
+    levels = np.array(LEVELS)
+    table, all_lost = np.column_stack([levels, np.sqrt(1 - levels)]), np.ones((1, 2))
+    errors = {
+        spec.name: {option.label: table if ranked(option) else all_lost for option in spec.options if option.lossy}
+        for spec in manifest.saved
+    }
+    return dataclasses.replace(known, errors=errors)
 
 
 def summary(plan: Plan) -> dict[str, Any]:
     """Return what the run log and the status say of a plan."""
     return {
+        "allocation": plan.allocation,
+        "codecs": described(plan.selection),
+        "selection": dict(plan.selection),
+        "error": plan.error,
         "epsilon": plan.epsilon,
         "ranks": {name: dict(modes) for name, modes in plan.ranks.items()},
         "batch": plan.batch,
@@ -171,6 +241,7 @@ def same_shape(one: Plan, other: Plan) -> bool:
     """Return whether two plans differ in nothing that a session would notice."""
     return (
         one.ranks == other.ranks
+        and one.selection == other.selection
         and one.calibration is other.calibration
         and (one.batch, one.micro_batch) == (other.batch, other.micro_batch)
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgetune.errors import UsageError, choices
+from edgetune.planning.plan import ALLOCATIONS
 
 DEFAULT_BATCH = 32
 DEFAULT_SEED = 0
@@ -24,6 +25,8 @@ class AgentConfig:
         engine: name of the engine, ``auto`` to choose.
         batch, seed: None = those that the state directory was made with, else the defaults.
         epsilon: energy kept per mode; None = the largest that fits the budget.
+        allocation: ``uniform``, or ``per-layer``: a codec and an ε for each saved tensor.
+        codec: label of the one that keeps all in a uniform allocation; None = the first of the bundle's menu.
         max_steps: train until this step number of the state directory (resumed steps count); None = no limit.
         epochs: passes over every sample.
         once: take what is there, train and stop; otherwise watch the folder.
@@ -43,6 +46,8 @@ class AgentConfig:
     engine: str = "auto"
     batch: int | None = None
     epsilon: float | None = None
+    allocation: str = "uniform"
+    codec: str | None = None
     max_steps: int | None = None
     epochs: int = 1
     once: bool = False
@@ -79,6 +84,10 @@ class AgentConfig:
             wrong.append("--holdout 1 would hold out every sample; give 0 (none) or at least 2")
         if self.epsilon is not None and not 0 < self.epsilon <= 1:
             wrong.append(f"--epsilon is {self.epsilon}; it must lie in (0, 1]")
+        if self.allocation not in ALLOCATIONS:
+            wrong.append(f"--allocation is {self.allocation}; choose one of: {choices(ALLOCATIONS)}")
+        if self.allocation == "per-layer" and (self.epsilon is not None or self.codec is not None):
+            wrong.append("--allocation per-layer chooses codecs and ε by itself; leave out --codec and --epsilon")
         for name, given in self.hyper.items():
             if not math.isfinite(given) or given < 0:
                 wrong.append(f"--{name.replace('_', '-')} is {given}; it must be a finite number, not negative")

@@ -88,6 +88,16 @@ class Feeder:
             yield fed.features
             del fed  # before the next batch is made
 
+    def labelled(
+        self, samples: Iterable[Sample], count: int, session: Session, micro_batch: int
+    ) -> list[tuple[tuple[Array, ...], Array]]:
+        """Return features and labels of all ``samples``, ``count`` at a time; those that cannot be read are left
+        out."""
+        rows, found = iter(samples), list[tuple[tuple[Array, ...], Array]]()
+        while (fed := self.feed(lambda: next(rows, None), count, session, micro_batch)).samples:
+            found.append((fed.features, fed.labels))
+        return found
+
     def images(self, samples: Iterable[Sample], micro_batch: int) -> Iterator[Fed]:
         """Yield decoded samples by the micro-batch: ``features`` is then the one array of images."""
         rows = iter(samples)

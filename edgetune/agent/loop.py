@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from edgetune.agent.budget import Budgeter, PlanRequest, release_memory, same_shape, summary
+from edgetune.agent.budget import PER_LAYER, Budgeter, PlanRequest, release_memory, same_shape, summary
+from edgetune.agent.comparing import BATCHES, chooses, compare
 from edgetune.agent.config import AgentConfig
 from edgetune.agent.feeder import Fed, Feeder
 from edgetune.agent.images import Decoder
@@ -34,8 +35,11 @@ from edgetune.agent.view import Snapshot, View, make_view
 from edgetune.bundle import Array, Bundle
 from edgetune.engines.calibration import calibrate
 from edgetune.engines.certificate import Certificate
+from edgetune.engines.gradient_error import Batch
 from edgetune.errors import BudgetError, DataError, StorageError
 from edgetune.planning.plan import Plan
+from edgetune.planning.selection import described
+from edgetune.planning.spectra import Calibration, identity_calibration
 from edgetune.telemetry.runlog import RunLog
 from edgetune.units import format_bytes
 
@@ -131,7 +135,10 @@ class Agent:
             raise supply.no_data()
         self.parts = real_parts() if parts is None else parts
         self.journal.event("engine", self.parts.engine(config.engine))
-        request = PlanRequest(self.batch, config.budget_bytes, config.activation_budget_bytes, config.epsilon)
+        request = PlanRequest(
+            self.batch, config.budget_bytes, config.activation_budget_bytes, config.epsilon, config.allocation,
+            config.codec,
+        )  # fmt: skip
         runtime_bytes = self.parts.runtime_bytes(self.bundle, config.engine)
         self.budgeter = Budgeter(self.bundle.manifest, request, runtime_bytes, self.parts.reserve_bytes)
         self._make_session()
@@ -215,18 +222,46 @@ class Agent:
         calibration = calibrate(
             self.session, self.bundle.manifest, self._next_features(self.config.calibration_batches)
         )
-        self.keeper.set_calibration(self.step, calibration)
         if calibration is not None:
             self.journal.event(
                 "calibrated", f"calibrated on {calibration.samples} samples", samples=calibration.samples,
                 step=self.step, measured_peak_bytes=self.parts.meter.peak_bytes(),
                 seconds={"calibrate": round(time.perf_counter() - started, 6)},
             )  # fmt: skip
+        calibration = self._compared(calibration)
+        self.keeper.set_calibration(self.step, calibration)
         self._use(self.budgeter.replan(calibration), "planned", "first plan")
         self.refresher.restart(self.budgeter.plan)
         self.accuracy_before = self._evaluate()
         self._settle()
         self._save(evaluate=False)
+
+    def _compared(self, calibration: Calibration | None) -> Calibration | None:
+        """Return ``calibration`` with the gradient errors by which a per-layer plan is chosen, if one is asked for."""
+        manifest, meter, budgeter = self.bundle.manifest, self.parts.meter, self.budgeter
+        if budgeter.request.allocation != PER_LAYER or not chooses(manifest):
+            return calibration
+        started = time.perf_counter()
+        release_memory()
+        meter.reset()
+        resident_bytes = None if meter.resettable is False else meter.peak_bytes()
+
+        def feed(samples: int) -> list[Batch]:
+            rows = self.supply.preview(samples * BATCHES)
+            return self.feeder.labelled(rows, samples, self.session, budgeter.plan.micro_batch)
+
+        known = identity_calibration(manifest, self.batch) if calibration is None else calibration
+        found = compare(
+            self.session, manifest, known, feed,
+            lambda samples, held_bytes: budgeter.limits(samples, held_bytes, resident_bytes), meter,
+        )  # fmt: skip
+        self.session.set_plan(self._in_session)
+        self.journal.event(
+            "compared", str(found), step=self.step, samples=found.samples, left_out=found.left_out,
+            measured_peak_bytes=found.measured_peak_bytes,
+            seconds={"compare": round(time.perf_counter() - started, 6)},
+        )  # fmt: skip
+        return found.calibration
 
     def _settle(self) -> None:
         """Plan for what the runtime keeps for itself, known now that it has run, before a step can overrun."""
@@ -247,12 +282,16 @@ class Agent:
         self.accuracy_before, self.accuracy = position["accuracy_before"], position["accuracy"]
         self.refresher.certificate = Certificate.from_plain(position["certificate"])
         calibration = self.keeper.calibration
-        if position["request"] == dataclasses.asdict(self.budgeter.request):
+        if PlanRequest(**position["request"]) == self.budgeter.request:
             plan = self.budgeter.adopt(Plan.from_json(position["plan"]), calibration, corrected=position["corrected"])
             self.session.set_plan(plan)
             self._in_session = plan
         else:
-            self._use(self.budgeter.replan(calibration), "planned", "the budget or epsilon asked for has changed")
+            if self.budgeter.request.allocation == PER_LAYER and (calibration is None or not calibration.errors):
+                self.session.load_state(dict(tensors))
+                calibration = self._compared(calibration)
+                self.keeper.set_calibration(self.step, calibration)
+            self._use(self.budgeter.replan(calibration), "planned", "what is asked of the plan has changed")
             self.refresher.restart(self.budgeter.plan)
         self.session.load_state(dict(tensors))
 
@@ -309,14 +348,14 @@ class Agent:
             plan = self.budgeter.correct(measured_bytes)
             reason = (
                 f"measured {format_bytes(measured_bytes)} against a budget of {format_bytes(old.budget_bytes or 0)}: "
-                f"ε {old.epsilon} -> {plan.epsilon}, micro-batch {old.micro_batch} -> {plan.micro_batch}"
+                f"{_kept(old)} -> {_kept(plan)}, micro-batch {old.micro_batch} -> {plan.micro_batch}"
             )
             self._use(plan, "degrade", reason, measured_peak_bytes=measured_bytes)
             release_memory()
         elif not self.budgeter.corrected:
             plan = self.budgeter.correct(measured_bytes)
             self._use(plan, "planned", "corrected by the first measured step", measured_peak_bytes=measured_bytes)
-        if self.budgeter.plan.ranks != old.ranks:
+        if (self.budgeter.plan.ranks, self.budgeter.plan.selection) != (old.ranks, old.selection):
             self.refresher.restart(self.budgeter.plan)
 
     def _refresh(self) -> None:
@@ -328,14 +367,14 @@ class Agent:
         if calibration is None:
             return
         old, plan = self.budgeter.plan, self.budgeter.refresh(calibration)
-        self.keeper.set_calibration(self.step, calibration)
+        self.keeper.set_calibration(self.step, plan.calibration)
         reason, figures = self.refresher.refreshed(old, plan)
         self._use(plan, "refresh", reason, **figures)
         release_memory()
 
     def _use(self, plan: Plan, event: str, reason: str, **fields: Any) -> None:
         """Log a plan that came into force and hand it to the session."""
-        epsilon = "" if plan.epsilon is None else f", ε {plan.epsilon:.4f}"
+        epsilon = f", {described(plan.selection)}" if plan.epsilon is None else f", ε {plan.epsilon:.4f}"
         fields.update(summary(plan))
         self.journal.event(event, f"{event}: {reason}{epsilon}", step=self.step, reason=reason, **fields)
         if not same_shape(plan, self._in_session):
@@ -408,7 +447,12 @@ class Agent:
         now, plan = self._now, self.budgeter.plan
         now.step, now.heldout_accuracy, now.epsilon = self.step, self.accuracy, plan.epsilon
         now.predicted_peak_bytes = plan.predicted_peak_bytes
+        now.codecs = f"{described(plan.selection)} ({plan.allocation})"
         now.steps_per_second = 1 / self._mean_seconds if self._mean_seconds else 0.0
         now.refreshes = self.refresher.certificate.refreshes
         now.quarantined = self.supply.quarantined
         self.journal.view.update(now)
+
+
+def _kept(plan: Plan) -> str:
+    return described(plan.selection) if plan.epsilon is None else f"ε {plan.epsilon}"

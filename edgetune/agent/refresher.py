@@ -17,7 +17,7 @@ from edgetune.engines.certificate import Certificate, Finding, Kind
 from edgetune.errors import DataError
 from edgetune.planning.plan import Plan
 from edgetune.planning.rebase import promises
-from edgetune.planning.selection import default_selection, settle
+from edgetune.planning.selection import default_selection, described, settle
 from edgetune.planning.spectra import Calibration
 
 LEAST_SAMPLES = 64
@@ -79,8 +79,10 @@ class Refresher:
         worst = min(fallen, key=lambda name: tracks[name].mean - fallen[name])
         more = f" (and of {len(fallen) - 1} more)" if len(fallen) > 1 else ""
         done = "the same ranks"
-        if plan.ranks != old.ranks:
+        if plan.ranks != old.ranks or plan.selection != old.selection:
             done = f"other ranks, ε {old.epsilon} -> {plan.epsilon}"
+            if plan.epsilon is None:
+                done = f"planned anew: {described(plan.selection)}"
         reason = (
             f"the captured energy of {worst}{more} fell to {tracks[worst].mean:.4f} of {fallen[worst]:.4f}; new bases, "
             f"{done}"

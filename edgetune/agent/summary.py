@@ -67,8 +67,8 @@ def report(path: Path) -> dict[str, Any]:
     Keys: state, model, steps, samples, epochs, predicted_peak_bytes and measured_peak_bytes (their maxima over the
     steps), budget_bytes (the last one), over_budget_steps, budget_kept (None without a budget), loss_first, loss_last,
     accuracy_before, accuracy, evaluations, epsilon_least, epsilon_last, energy_least (captured), refreshes (of the
-    bases: how many were made, mended the energy, fell short, failed), seconds (per phase, summed), events (how many of
-    each kind).
+    bases: how many were made, mended the energy, fell short, failed), seconds (per phase, summed), allocation,
+    codecs (of the last plan: how many tensors each keeps), events (how many of each kind).
 
     Raises:
         StateError: not a state directory, or nothing was logged.
@@ -78,8 +78,11 @@ def report(path: Path) -> dict[str, Any]:
     steps = runlog.steps(log)
     events: dict[str, int] = {}
     evaluations, seconds = [], dict[str, float]()
+    planned: dict[str, Any] = {}
     for record in runlog.read(log):
         events[record["event"]] = events.get(record["event"], 0) + 1
+        if "codecs" in record:
+            planned = record
         if record["event"] == "evaluated":
             evaluations.append({"step": record["step"], "accuracy": record["accuracy"]})
         if record["event"] != "step":
@@ -118,6 +121,8 @@ def report(path: Path) -> dict[str, Any]:
             "failed": events.get("refresh_failed", 0),
         },
         "seconds": {name: round(value, 3) for name, value in seconds.items()},
+        "allocation": planned.get("allocation"),
+        "codecs": planned.get("codecs"),
         "events": events,
     }
 

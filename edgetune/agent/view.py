@@ -29,6 +29,7 @@ class Snapshot:
     budget_bytes: int | None = None
     epsilon: float | None = None
     energy: float | None = None
+    codecs: str = ""
     refreshes: int = 0
     quarantined: int = 0
     steps_per_second: float = 0.0
@@ -145,6 +146,8 @@ def _lines(now: Snapshot) -> Iterable[tuple[str, str]]:
     )
     if now.epsilon is not None:
         yield "ε", f"{now.epsilon:.4f}" + ("" if now.energy is None else f" (captured energy {now.energy:.4f})")
+    if now.codecs:
+        yield "codecs", now.codecs
     if now.refreshes:
         yield "refreshes", str(now.refreshes)
     yield "quarantined", str(now.quarantined)

@@ -43,6 +43,7 @@ def report(
         "held-out accuracy",
         f"{number(found['accuracy_before'], '.1%')} before, {number(found['accuracy'], '.1%')} after",
     )
+    table.add_row("codecs", "-" if found["codecs"] is None else f"{found['codecs']} ({found['allocation']})")
     table.add_row("ε", f"{number(found['epsilon_least'], '.4f')} least, {number(found['epsilon_last'], '.4f')} last")
     table.add_row("captured energy", f"{number(found['energy_least'], '.4f')} least")
     refreshes = found["refreshes"]

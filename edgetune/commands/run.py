@@ -25,6 +25,12 @@ def run(
     epsilon: Annotated[
         float | None, typer.Option("--epsilon", help="Energy kept per mode, in (0, 1] (default: chosen by the budget).")
     ] = None,
+    allocation: Annotated[
+        str, typer.Option("--allocation", help="uniform: one codec, one ε. per-layer: those with the least error.")
+    ] = "uniform",
+    codec: Annotated[
+        str | None, typer.Option("--codec", help="The codec of the bundle's menu that keeps all (default: its first).")
+    ] = None,
     max_steps: Annotated[
         int | None, typer.Option("--max-steps", help="Stop at this step number; steps before a restart count.")
     ] = None,
@@ -66,6 +72,8 @@ def run(
         engine=engine,
         batch=batch,
         epsilon=epsilon,
+        allocation=allocation,
+        codec=codec,
         max_steps=max_steps,
         epochs=epochs,
         once=once,

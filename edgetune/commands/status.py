@@ -24,6 +24,7 @@ def status(
     from rich.console import Console
     from rich.table import Table
 
+    from edgetune.planning.selection import described
     from edgetune.units import format_bytes
 
     table = Table(title=f"{found['model']} in {found['state']}", show_header=False)
@@ -36,6 +37,7 @@ def status(
     if (plan := found["plan"]) is not None:
         budget = "none" if plan["budget_bytes"] is None else format_bytes(plan["budget_bytes"])
         table.add_row("plan", f"batch {plan['batch']}, micro-batch {plan['micro_batch']}, ε {plan['epsilon']}")
+        table.add_row("codecs", f"{described(plan['selection'])} ({plan['allocation']})")
         table.add_row("memory", f"predicted {format_bytes(plan['predicted_peak_bytes'])}, budget {budget}")
     known = {name: e for name, e in found["energy"].items() if e["promised"] is not None}
     if known:

@@ -18,14 +18,14 @@ Knows plans, and a session's gradients; nothing of budgets.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from edgetune.bundle import Array, Manifest, SavedSpec
 from edgetune.errors import DataError
-from edgetune.planning.candidates import Limits, Workbench
+from edgetune.planning.candidates import Candidate, Limits, Workbench
 from edgetune.planning.plan import Plan, plan_of
 from edgetune.planning.rates import LEVELS, Rated, exact_option, ranked, rated
 from edgetune.planning.spectra import Calibration
@@ -52,8 +52,12 @@ def with_errors(
     calibration: Calibration,
     batches: Iterable[Batch],
     levels: Sequence[float] = LEVELS,
+    fits: Callable[[Candidate], bool] | None = None,
 ) -> Calibration:
     """Return ``calibration`` with the error of every lossy option at each ε of ``levels``.
+
+    ``fits`` is asked before a candidate runs for the first time; what does not fit is not measured. The candidates with
+    the least predicted peak come first.
 
     All saved tensors that serve weight gradients alone are measured at once, in one run per option, level and batch;
     each of the others takes a run of its own.
@@ -61,7 +65,7 @@ def with_errors(
     Raises:
         DataError: a gradient is not finite, or there is no batch.
     """
-    gauge = GradientGauge(session, manifest, calibration, batches)
+    gauge = GradientGauge(session, manifest, calibration, batches, fits)
     errors: dict[str, dict[str, list[tuple[float, float]]]] = {}
 
     def note(spec: SavedSpec, label: str, one: Rated, epsilon: float, error: float) -> None:
@@ -70,7 +74,7 @@ def with_errors(
 
     together = [spec for spec in manifest.saved if spec.layers]
     alone = [spec for spec in manifest.saved if not spec.layers]
-    for label in labels_of(manifest):
+    for label in gauge.cheapest_first(labels_of(manifest), levels):
         for specs in ([together] if together else []) + [[spec] for spec in alone]:
             lossy = [s for s in specs if any(o.label == label and o.lossy for o in s.options)]
             if not lossy:
@@ -83,6 +87,8 @@ def with_errors(
                     continue
                 given = {name: (one.label, dict(one.ranks)) for name, one in rates.items()}
                 if given != before:  # else the same ranks, hence the same gradients
+                    if not gauge.fits(rates):
+                        break  # a larger ε takes no less
                     before, found = given, gauge.errors(rates)
                 for spec in lossy:
                     error = found[spec.name] if spec.layers else sum(found.values())
@@ -98,24 +104,38 @@ class GradientGauge:
     """Compares gradients with the exact ones, over the same batches each time."""
 
     def __init__(
-        self, session: Differentiates, manifest: Manifest, calibration: Calibration | None, batches: Iterable[Batch]
+        self,
+        session: Differentiates,
+        manifest: Manifest,
+        calibration: Calibration | None,
+        batches: Iterable[Batch],
+        fits: Callable[[Candidate], bool] | None = None,
     ) -> None:
         """Find the exact gradients, with every saved tensor kept by an option that loses nothing.
 
         Raises:
             DataError: a gradient is not finite, or there is no batch.
         """
+        self._fits = fits
         self._session, self._batches = session, [(tuple(features), y) for features, y in batches]
         if not self._batches:
             raise DataError("there is no calibration data: give one batch of (inputs, targets) at least")
         self.batch = max(len(y) for _, y in self._batches)
         self._calibration = calibration
         self._bench = Workbench(manifest, calibration, Limits(self.batch, 0))
-        self._exact_rates = {
-            spec.name: rated(spec, exact_option(spec).label, 1.0, calibration, self.batch) for spec in manifest.saved
-        }
+        self._exact_rates = exact_rates(manifest, calibration, self.batch)
         self._groups = _groups(manifest)
         self._exact = list(self._gradients({}))
+
+    def cheapest_first(self, labels: Sequence[str], levels: Sequence[float]) -> list[str]:
+        """Return ``labels`` by the predicted peak of all tensors kept so; as given where all fit."""
+        if self._fits is None:
+            return list(labels)
+        return sorted(labels, key=lambda label: self._bench.uniform(label, levels[-1]).cost().peak_bytes)
+
+    def fits(self, rates: Mapping[str, Rated]) -> bool:
+        """Tell whether :meth:`errors` may run ``rates``."""
+        return self._fits is None or self._fits(self._bench.mixed({**self._exact_rates, **rates}))
 
     def errors(self, rates: Mapping[str, Rated]) -> dict[str, float]:
         """Return e_g by group (named as the saved tensor it belongs to) with ``rates``; what they lack stays exact.
@@ -139,6 +159,15 @@ class GradientGauge:
             if not all(np.isfinite(value).all() for value in gradients.values()):
                 raise DataError("a gradient is not finite; look for NaN or infinity in the calibration data")
             yield gradients
+
+
+def exact_rates(manifest: Manifest, calibration: Calibration | None, batch: int) -> dict[str, Rated]:
+    """Return what loses nothing of any saved tensor.
+
+    Raises:
+        BundleError: a saved tensor has no such option.
+    """
+    return {spec.name: rated(spec, exact_option(spec).label, 1.0, calibration, batch) for spec in manifest.saved}
 
 
 def _groups(manifest: Manifest) -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ This module may know the manifest, spectra and calibrations; it must not know by
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -147,6 +148,17 @@ def interpolated(table: Array, epsilon: float) -> float:
     lost = np.sqrt(np.maximum(1.0 - table[::-1, 0], 0.0))
     errors = np.maximum.accumulate(table[::-1, 1])
     return float(np.interp(np.sqrt(max(1.0 - epsilon, 0.0)), lost, errors))
+
+
+def comparable(manifest: Manifest, calibration: Calibration | None) -> Manifest:
+    """Return ``manifest`` without the lossy options whose error was not measured, where others remain."""
+
+    def known(spec: SavedSpec) -> SavedSpec:
+        errors = calibration.errors.get(spec.name, {}) if calibration is not None else {}
+        options = tuple(option for option in spec.options if not option.lossy or option.label in errors)
+        return dataclasses.replace(spec, options=options or spec.options)
+
+    return dataclasses.replace(manifest, saved=tuple(known(spec) for spec in manifest.saved))
 
 
 def has_errors(manifest: Manifest, calibration: Calibration | None) -> bool:

@@ -10,7 +10,7 @@ import dataclasses
 from edgetune.bundle import Manifest
 from edgetune.planning.plan import Plan
 from edgetune.planning.selection import default_selection, settle
-from edgetune.planning.spectra import Calibration, captured_energy_bound, ranks_at
+from edgetune.planning.spectra import Calibration, captured_energy_bound, ranks_of
 
 
 def rebased(manifest: Manifest, plan: Plan, calibration: Calibration) -> Plan:
@@ -32,10 +32,19 @@ def rebased(manifest: Manifest, plan: Plan, calibration: Calibration) -> Plan:
 
 
 def suffices(manifest: Manifest, plan: Plan, calibration: Calibration) -> bool:
-    """Return whether the ranks of ``plan`` keep its ε of every mode of the newer data (without an ε: always)."""
-    if plan.epsilon is None:
-        return True
-    needed = ranks_at(_settled(manifest, plan), calibration, plan.epsilon, plan.batch)
+    """Return whether the ranks of ``plan`` keep its ε of every mode of the newer data, or the ε of each tensor.
+
+    Tensors without an ε have enough.
+    """
+    specs = {spec.name: spec for spec in _settled(manifest, plan).saved}
+    read = {layer.name: layer.saved for layer in manifest.layers}
+    wanted = {read[row.layer]: row.epsilon for row in plan.rows if row.epsilon is not None}
+    if plan.epsilon is not None:
+        wanted = dict.fromkeys(specs, plan.epsilon)
+    needed = {
+        name: ranks_of(specs[name], specs[name].modes, calibration, epsilon, plan.batch)
+        for name, epsilon in wanted.items()
+    }
     planned = {(name, letter): rank for name, modes in plan.ranks.items() for letter, rank in modes.items()}
     return all(rank <= planned.get((name, letter), 0) for name in needed for letter, rank in needed[name].items())
 

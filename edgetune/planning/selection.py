@@ -8,6 +8,7 @@ This module may know the manifest and lifetimes; it must not know budgets, engin
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -56,6 +57,12 @@ def default_selection(manifest: Manifest, codec: str | None = None) -> dict[str,
         name: next((label for label in (wanted, LOSSLESS) if label in known), known[0])
         for name, known in labels.items()
     }
+
+
+def described(selection: Selection) -> str:
+    """Return how many tensors each codec keeps, such as ``9 int8, 3 hosvd``, the most first."""
+    counts = Counter(selection.values())
+    return ", ".join(f"{count} {label}" for label, count in sorted(counts.items(), key=lambda one: (-one[1], one[0])))
 
 
 def settle(manifest: Manifest, selection: Selection) -> Manifest:
