@@ -86,11 +86,14 @@ def _emit_kept(g: GraphBuilder, x: str, slot: Slot, mode: Mode) -> str:
     # A sort may never end well where an element is unlike itself; the total still tells that there was one.
     number = g.op("Equal", found, found, hint="number")
     found = g.op("Where", number, found, g.const(0.0), hint="sizes")
-    largest, _ = g.op("TopK", found, g.const([mode.size]), axis=1, outputs=2, hint="sorted")
+    largest, places = g.op("TopK", found, g.const([mode.size]), axis=1, outputs=2, hint="sorted")
+    # ONNX Runtime holds an output that nothing reads until the graph ends, and the places take twice what x does.
+    none = g.op("Slice", places, g.const([0]), g.const([0]), g.const([1]), hint="places")
+    none = g.op("Cast", g.op("Reshape", none, g.const([-1]), hint="places"), to=_DOUBLE, hint="places")
     by_rank = g.op("ReduceSumSquare", largest, g.const([0]), keepdims=0, hint="energy_by_rank")
     held = g.op("CumSum", g.op("Cast", by_rank, to=_DOUBLE, hint="energy_by_rank"), g.const(np.array(0)), hint="held")
     at = g.op("Gather", held, g.const([count - 1 for count in count_grid(mode.size)]), axis=0, hint="held")
-    row = g.op("Concat", at, total, axis=0, hint="held")
+    row = g.op("Concat", at, total, none, axis=0, hint="held")
     row = g.op("Cast", g.op("Unsqueeze", row, g.const([0]), hint="held"), to=_FLOAT, hint="held")
     return str(row)
 
