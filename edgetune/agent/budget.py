@@ -17,7 +17,7 @@ from edgetune.engines import heap
 from edgetune.errors import BudgetError
 from edgetune.planning.candidates import Limits
 from edgetune.planning.plan import Plan, make_plan
-from edgetune.planning.rates import LEVELS, comparable, has_errors, ranked
+from edgetune.planning.rates import LEVELS, comparable, ranked
 from edgetune.planning.rebase import rebased, suffices
 from edgetune.planning.selection import described
 from edgetune.planning.spectra import Calibration, identity_calibration
@@ -191,9 +191,8 @@ class Budgeter:
 
         if request.allocation != PER_LAYER:
             return make(self.manifest, calibration, epsilon=epsilon, codec=request.codec)
-        measured = comparable(self.manifest, calibration)
-        if has_errors(measured, calibration):
-            return make(measured, calibration, allocation=PER_LAYER)
+        if (calibration is not None and calibration.errors) or not any(spec.lossy for spec in self.manifest.saved):
+            return make(comparable(self.manifest, calibration), calibration, allocation=PER_LAYER)
         # Nothing tells codecs apart yet: one for all, a lossless one if any of those fits, else the first that does.
         lossy = {option.label for spec in self.manifest.saved for option in spec.options if option.lossy}
         for label in sorted(labels_of(self.manifest), key=lambda label: label in lossy):
