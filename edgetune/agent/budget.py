@@ -17,9 +17,10 @@ from edgetune.engines import heap
 from edgetune.errors import BudgetError
 from edgetune.planning.candidates import Limits
 from edgetune.planning.plan import Plan, make_plan
+from edgetune.planning.prediction import predict
 from edgetune.planning.rates import LEVELS, comparable, ranked
 from edgetune.planning.rebase import rebased, suffices
-from edgetune.planning.selection import described
+from edgetune.planning.selection import default_selection, described, settle
 from edgetune.planning.spectra import Calibration, identity_calibration
 from edgetune.planning.uniform import labels_of
 
@@ -27,6 +28,7 @@ PER_LAYER = "per-layer"
 
 ALWAYS_THERE = ("runtime", "weights", "parameters", "optimizer", "bases")
 """The lines of a plan's ledger that are resident in every phase."""
+STEP_GRAPHS = ("trunk", "train", "update")
 
 
 @dataclass(frozen=True)
@@ -135,7 +137,7 @@ class Budgeter:
 
         With a given epsilon that no longer fits the budget, the budget wins: the largest epsilon that fits is taken.
         """
-        correction = measured_bytes - (self.plan.predicted_peak_bytes - self.plan.correction_bytes)
+        correction = measured_bytes - self._step_peak_bytes()
         if self.corrected and self.request.budget_bytes is not None:
             # The reserve was not enough; what exceeded it may come again.
             self._reserve_bytes += max(0, measured_bytes - self.request.budget_bytes)
@@ -169,6 +171,16 @@ class Budgeter:
             samples, self.runtime_bytes, request.budget_bytes, request.activation_budget_bytes,
             max(0, self.plan.correction_bytes, excess_bytes) + held_bytes, self._reserve_bytes,
         )  # fmt: skip
+
+    def _step_peak_bytes(self) -> int:
+        """Return the uncorrected prediction for the graphs that a step runs: the plan's peak may be at calibration."""
+        plan = self.plan
+        prediction = predict(
+            settle(self.manifest, default_selection(self.manifest) | dict(plan.selection)),
+            batch=plan.batch, micro_batch=plan.micro_batch, ranks=plan.ranks, runtime_bytes=self.runtime_bytes,
+        )  # fmt: skip
+        most = max((prediction.peaks[name].bytes for name in STEP_GRAPHS if name in prediction.peaks), default=0)
+        return sum(prediction.ledger[line] for line in ALWAYS_THERE) + most
 
     def _epsilon(self) -> float | None:
         return None if self._yielded else self.request.epsilon

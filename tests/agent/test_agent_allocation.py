@@ -13,7 +13,7 @@ import pytest
 from edgetune.agent.budget import PER_LAYER, Budgeter, PlanRequest, same_shape
 from edgetune.agent.comparing import Compared, chooses, compare
 from edgetune.agent.config import AgentConfig
-from edgetune.bundle import Array
+from edgetune.bundle import Array, GraphSpec, TensorUse
 from edgetune.engines.gradient_error import Batch
 from edgetune.errors import BudgetError, UsageError
 from edgetune.planning.calibration import Calibration, Spectrum
@@ -58,7 +58,7 @@ def test_what_excludes_each_other_is_refused_at_once() -> None:
     base.check({})
     for changed in ({"epsilon": 0.9}, {"codec": "int8"}, {"allocation": "by-hand"}):
         with pytest.raises(UsageError, match="--allocation"):
-            dataclasses.replace(base, **changed).check({})  # type: ignore[arg-type]
+            dataclasses.replace(base, **changed).check({})
 
 
 def test_before_codecs_are_compared_a_plan_that_fits_is_in_force() -> None:
@@ -81,6 +81,17 @@ def test_each_tensor_gets_its_own_codec_and_a_smaller_budget_another_selection()
     assert corrected.correction_bytes == excess and corrected.predicted_peak_bytes <= budget
     assert corrected.calibration is KNOWN and not same_shape(corrected, plan)
     assert corrected.error is not None and plan.error is not None and corrected.error >= plan.error
+
+
+def test_a_step_is_compared_with_the_graphs_that_it_runs() -> None:
+    big = TensorUse("gram", ("batch", "1000000"), "float32", "transient", 0, 0, "gram")
+    calibrate = GraphSpec("c.onnx", "c.flat.onnx", (), (), ("sort",), (big,))
+    manifest = dataclasses.replace(MANIFEST, graphs={**MANIFEST.graphs, "calibrate": calibrate})
+    request = PlanRequest(BATCH, None, None, None, PER_LAYER)
+    small, large = (Budgeter(which, request, RUNTIME_BYTES) for which in (MANIFEST, manifest))
+    step_bytes = small.replan(KNOWN).predicted_peak_bytes
+    assert large.replan(KNOWN).predicted_peak_bytes > step_bytes + 10_000_000
+    assert [keeps.correct(step_bytes + 5000).correction_bytes for keeps in (small, large)] == [5000, 5000]
 
 
 def test_two_plans_that_differ_in_their_codecs_alone_differ() -> None:
