@@ -169,8 +169,12 @@ class FakeSession:
         pooled = x.reshape(len(x), 3, 4, 2, 4, 2).mean(axis=(3, 5), dtype=np.float64)
         return (pooled.astype(np.float32),)
 
-    def step_features(self, features: Sequence[Array], y: Array) -> float:
-        x = features[0]
+    def gradients_from(self, features: Sequence[Array], y: Array) -> tuple[float, dict[str, Array]]:
+        loss, gradient, _, _ = self._gradient(features[0], y)
+        return loss, {"head.weight": gradient}
+
+    def _gradient(self, x: Array, y: Array) -> tuple[float, Array, int, float]:
+        """Return the loss, the gradient from the decoded input, how many answers are right, and the energy kept."""
         c, h, w = (self.bases[letter] for letter in "chw")
         core = np.einsum("bchw,ci,hj,wk->bijk", x, c, h, w)
         decoded = np.einsum("bijk,ci,hj,wk->bchw", core, c, h, w)
@@ -184,12 +188,16 @@ class FakeSession:
         correct = int((logits.argmax(axis=1) == y).sum())
         p[np.arange(len(y)), y] -= 1
         gradient = (p.T @ decoded.reshape(len(x), -1) / len(x)) + (np.nan if poisoned.any() else 0)
+        energy = float((core.astype(np.float64) ** 2).sum() / (x.astype(np.float64) ** 2).sum())
+        return loss, gradient, correct, energy
+
+    def step_features(self, features: Sequence[Array], y: Array) -> float:
+        loss, gradient, correct, energy = self._gradient(features[0], y)
         self.momentum = (self.hyper["momentum"] * self.momentum + gradient).astype(np.float32)
         self.weight = (self.weight - self.hyper["learning_rate"] * self.momentum).astype(np.float32)
         self.step_number += 1
-        energy = float((core.astype(np.float64) ** 2).sum() / (x.astype(np.float64) ** 2).sum())
         self.report = FakeReport(
-            loss, correct, len(x), {"head": energy}, float(np.linalg.norm(gradient)), {"train": 1e-4, "update": 1e-5}
+            loss, correct, len(y), {"head": energy}, float(np.linalg.norm(gradient)), {"train": 1e-4, "update": 1e-5}
         )
         if self.on_step is not None:
             self.on_step(self)
