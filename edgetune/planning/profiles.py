@@ -130,6 +130,8 @@ class Profiles:
     def _nearby(self, spec: SavedSpec) -> tuple[GraphSpec, tuple[int, ...]]:
         """Return the part of the whole graph that the reference runs, or might with another option of ``spec``, and
         the numbers of its nodes in the whole graph."""
+        if not self._whole.choices:  # one option each: there is nothing to cut, and no wires to cut by
+            return self._whole, tuple(range(len(self._whole.nodes)))
         if spec.name not in self._around:
             pending = [name for c in self._whole.choices if c.saved == spec.name for name in c.options.values()]
             numbers = set(self._kept)
