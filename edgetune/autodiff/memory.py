@@ -78,11 +78,9 @@ def input_name(saved: str, mode: Mode) -> str:
         return f"{saved}.count"
     if mode.source is Source.NOISE:
         return f"{saved}.noise.{mode.size}"
-    return (
-        f"{saved}.sketch"
-        if mode.letter == "b" and mode.source is Source.SKETCH
-        else (f"{saved}.{mode.source.value}.{mode.letter}")
-    )
+    if mode.source is Source.SKETCH and mode.letter == "b":
+        return f"{saved}.sketch"
+    return f"{saved}.{mode.source.value}.{mode.letter}"
 
 
 class Memory:
@@ -121,7 +119,7 @@ class Memory:
                 # A weight that nobody listed (one inside an attention, say) is trained from its input as it is.
                 layer = self.layers.get(node.name) or TrainedLayer(node.name, (Dense(),))
                 readers.setdefault((want.tensor, want.groups, want.channels_last), []).append(layer)
-                if not any(codec.lossy or codec.name != Dense.name for codec in layer.menu):
+                if all(codec.name == Dense.name for codec in layer.menu):
                     self.dense.add(want.tensor)
         for tensor, _, channels_last in readers:
             if not self._compressible(tensor, channels_last):
@@ -150,7 +148,7 @@ class Memory:
     def _add_slot(self, key: SlotKey, layers: tuple[str, ...], saved: Saved, menu: Sequence[Codec]) -> None:
         tensor = key[0]
         codecs = [codec for codec in menu if codec.applies(saved)] if tensor not in self.dense else []
-        if not codecs or all(codec.name == Dense.name for codec in codecs):
+        if all(codec.name == Dense.name for codec in codecs):  # or there is none
             self.dense.add(tensor)
             dense = Option(Dense(), (), Encoded((tensor,), {}, None))
             self.slots[key] = Slot(tensor, layers, saved, (dense,))

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from edgetune.bundle import Array, Bundle
 from edgetune.errors import EngineError, choices
-from edgetune.planning.selection import Chosen, choose, settle
+from edgetune.planning.selection import Chosen, choose, settled_tensors
 
 Handle = Any  # a tensor where the runtime wants it: an OrtValue, a torch tensor
 
@@ -68,7 +68,7 @@ def chosen_graph(bundle: Bundle, graph: str, selection: Mapping[str, str]) -> Ch
         raise EngineError(f"the bundle has no graph '{graph}'; it has: {choices(graphs)}")
     if not graphs[graph].choices:
         return choose(graphs[graph], (), {})
-    return choose(graphs[graph], settle(bundle.manifest, selection).saved, selection)
+    return choose(graphs[graph], settled_tensors(bundle.manifest, selection), selection)
 
 
 def check_feeds(graph: str, inputs: Iterable[str], feeds: Mapping[str, Handle]) -> None:

@@ -71,11 +71,16 @@ def settle(manifest: Manifest, selection: Selection) -> Manifest:
     Raises:
         UsageError: the selection lacks a saved tensor, or names an option that it does not have.
     """
-    saved = tuple(_settled(spec, selection) for spec in manifest.saved)
+    saved = settled_tensors(manifest, selection)
     graphs = dict(manifest.graphs)
     if "train" in graphs:
         graphs["train"] = choose(graphs["train"], saved, selection).spec
     return dataclasses.replace(manifest, saved=saved, graphs=graphs)
+
+
+def settled_tensors(manifest: Manifest, selection: Selection) -> tuple[SavedSpec, ...]:
+    """Return the saved tensors of ``manifest``, each with the option that ``selection`` names."""
+    return tuple(_settled(spec, selection) for spec in manifest.saved)
 
 
 def _settled(spec: SavedSpec, selection: Selection) -> SavedSpec:
