@@ -19,8 +19,8 @@ from edgetune.planning.candidates import Limits
 from edgetune.planning.plan import Plan, make_plan
 from edgetune.planning.prediction import predict
 from edgetune.planning.rates import LEVELS, comparable, ranked
-from edgetune.planning.rebase import rebased, suffices
-from edgetune.planning.selection import default_selection, described, settle
+from edgetune.planning.rebase import rebased, settled_for, suffices
+from edgetune.planning.selection import described
 from edgetune.planning.spectra import Calibration, identity_calibration
 from edgetune.planning.uniform import labels_of
 
@@ -176,7 +176,7 @@ class Budgeter:
         """Return the uncorrected prediction for the graphs that a step runs: the plan's peak may be at calibration."""
         plan = self.plan
         prediction = predict(
-            settle(self.manifest, default_selection(self.manifest) | dict(plan.selection)),
+            settled_for(self.manifest, plan),
             batch=plan.batch, micro_batch=plan.micro_batch, ranks=plan.ranks, runtime_bytes=self.runtime_bytes,
         )  # fmt: skip
         most = max((prediction.peaks[name].bytes for name in STEP_GRAPHS if name in prediction.peaks), default=0)

@@ -16,8 +16,8 @@ from edgetune.engines.calibration import calibrate
 from edgetune.engines.certificate import Certificate, Finding, Kind
 from edgetune.errors import DataError
 from edgetune.planning.plan import Plan
-from edgetune.planning.rebase import promises
-from edgetune.planning.selection import default_selection, described, settle
+from edgetune.planning.rebase import promises, settled_for
+from edgetune.planning.selection import described
 from edgetune.planning.spectra import Calibration
 
 LEAST_SAMPLES = 64
@@ -96,7 +96,7 @@ class Refresher:
 
     def _mendable(self, plan: Plan, name: str) -> bool:
         """Return whether calibration decides anything of how the tensor is kept: bases, or ranks."""
-        manifest = settle(self._manifest, default_selection(self._manifest) | dict(plan.selection))
+        manifest = settled_for(self._manifest, plan)
         return any(mode.spectrum for spec in manifest.saved if spec.name == name for mode in spec.modes)
 
     def _log(self, step: int, kind: Kind, findings: list[Finding]) -> None:

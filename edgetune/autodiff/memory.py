@@ -62,11 +62,6 @@ class Slot:
         return option
 
     @property
-    def lossy(self) -> bool:
-        """Whether some option loses something."""
-        return any(option.codec.lossy for option in self.options)
-
-    @property
     def inputs(self) -> dict[str, Mode]:
         """The run-time inputs of all options, each once, by the names of the graph's inputs."""
         return {name: mode for option in self.options for mode, name in option.inputs}

@@ -19,7 +19,7 @@ def rebased(manifest: Manifest, plan: Plan, calibration: Calibration) -> Plan:
     Raises:
         StateError: the calibration belongs to another bundle.
     """
-    specs = {spec.name: spec for spec in _settled(manifest, plan).saved}
+    specs = {spec.name: spec for spec in settled_for(manifest, plan).saved}
     read = {layer.name: specs[layer.saved] for layer in manifest.layers}
     rows = []
     for row in plan.rows:
@@ -36,7 +36,7 @@ def suffices(manifest: Manifest, plan: Plan, calibration: Calibration) -> bool:
 
     Tensors without an ε have enough.
     """
-    specs = {spec.name: spec for spec in _settled(manifest, plan).saved}
+    specs = {spec.name: spec for spec in settled_for(manifest, plan).saved}
     read = {layer.name: layer.saved for layer in manifest.layers}
     wanted = {read[row.layer]: row.epsilon for row in plan.rows if row.epsilon is not None}
     if plan.epsilon is not None:
@@ -55,5 +55,6 @@ def promises(manifest: Manifest, plan: Plan) -> dict[str, float]:
     return {saved[row.layer]: row.captured_energy for row in plan.rows if row.captured_energy is not None}
 
 
-def _settled(manifest: Manifest, plan: Plan) -> Manifest:
+def settled_for(manifest: Manifest, plan: Plan) -> Manifest:
+    """Return ``manifest`` with the options that ``plan`` chose; where it names none, the first of the menu."""
     return settle(manifest, default_selection(manifest) | dict(plan.selection))
