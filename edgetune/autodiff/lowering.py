@@ -18,6 +18,7 @@ import numpy as np
 from onnx import helper
 
 from edgetune.autodiff.builder import GraphBuilder
+from edgetune.autodiff.convolution import FORM, emit_scaled_weight
 from edgetune.autodiff.graph import ForwardGraph, Node
 from edgetune.autodiff.linear import emit_linear
 
@@ -207,9 +208,16 @@ def _softmax_cross_entropy(g: GraphBuilder, node: Node, graph: ForwardGraph) -> 
     emit_softmax_cross_entropy(g, node, graph)
 
 
+def _conv(g: GraphBuilder, node: Node, graph: ForwardGraph) -> None:
+    inputs = [node.inputs[0], emit_scaled_weight(g, node), *([node.inputs[2]] if node.input(2) else [])]
+    attributes = {name: value for name, value in node.attributes.items() if name != FORM}
+    g.nodes.append(helper.make_node("Conv", inputs, [node.outputs[0]], name=node.name, **attributes))
+
+
 _LOWERED: dict[str, Callable[[GraphBuilder, Node, ForwardGraph], None]] = {
     "BatchNormalization": _batch_norm,
     "CastLike": _cast_like,
+    "Conv": _conv,
     "Gelu": _gelu,
     "GroupNormalization": _group_norm,
     "HardSwish": _hard_swish,

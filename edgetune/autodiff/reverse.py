@@ -26,6 +26,7 @@ from edgetune.autodiff.memory import Memory, Option, Slot, TrainedLayer
 from edgetune.autodiff.rebuild import rebuild
 from edgetune.autodiff.rule import FLOATS, FunctionBody, Kept, Rule, Stored
 from edgetune.autodiff.rules import rule_for
+from edgetune.autodiff.rules.axes import expand
 from edgetune.codecs import Codec, Dense, Recompute, Saved, Source, identifier, label_of
 from edgetune.codecs.base import Encoded
 from edgetune.codecs.sign import Interval, emit_inside, emit_pack, emit_unpack
@@ -75,6 +76,7 @@ class _Reverser:
         self._decoded: dict[tuple[str, str], str] = {}
         self._kept: dict[str, tuple[str, ...]] = {}
         self._masks: dict[tuple[str, Interval], str] = {}
+        self._narrow: dict[str, tuple[int, ...]] = {}
         self.kept_names: list[str] = []
 
     # -- what rules call ------------------------------------------------------------------------------------------
@@ -145,6 +147,15 @@ class _Reverser:
             return results[0]
         labels = [label_of(option.codec) for option in slot.options]
         return str(self.g.op(CHOOSE, *results, hint=hint, domain=DOMAIN, saved=kept, options=labels))
+
+    def spread(self, gradient: str, shape: tuple[int, ...]) -> str:
+        self._narrow[gradient] = shape
+        return gradient
+
+    def whole(self, gradient: str) -> str:
+        """Return ``gradient`` with all its extents."""
+        shape = self._narrow.get(gradient)
+        return gradient if shape is None else expand(self.g, gradient, shape)
 
     def kept(self, node: Node) -> tuple[str, ...]:
         return self._kept[node.name]
@@ -304,6 +315,8 @@ def emit_gradients(
             continue
         g.scope = f"grad/{node.name}"
         rule = rules[node.name]
+        if not rule.broadcasts:
+            dys = [None if dy is None else reverser.whole(dy) for dy in dys]
         if rule.backward_of_many is not None:
             made = rule.backward_of_many(reverser, node, wrt[node.name], dys)
         elif dys[0] is not None:
@@ -315,7 +328,10 @@ def emit_gradients(
         for index, gradient in made.items():
             name = node.inputs[index]
             previous = gradients.get(name)
-            gradients[name] = gradient if previous is None else g.op("Add", previous, gradient, hint="sum")
+            if previous is None:
+                gradients[name] = gradient
+            else:
+                gradients[name] = g.op("Add", reverser.whole(previous), gradient, hint="sum")
     missing = [name for name in parameters if name not in gradients]
     if missing:
         raise ExportError(f"{choices(missing)}: trained, but no gradient reaches it; choose other layers")
@@ -325,7 +341,7 @@ def emit_gradients(
     return Gradients(
         loss=emitted.loss,
         correct=emitted.correct,
-        parameters={name: gradients[name] for name in parameters},
+        parameters={name: reverser.whole(gradients[name]) for name in parameters},
         slots=list(memory.slots.values()),
         kept=kept,
         forward_ends=ends,

@@ -73,6 +73,9 @@ class Context(Protocol):
     def choose(self, kept: str, results: Sequence[str], hint: str) -> str:
         """Return one of ``results``, which belong to the options of the saved tensor ``kept``; a plan decides which."""
 
+    def spread(self, gradient: str, shape: tuple[int, ...]) -> str:
+        """Return ``gradient``, which broadcasts to ``shape`` and is spread only where its reader needs that."""
+
     def kept(self, node: Node) -> tuple[str, ...]:
         """Return what the rule's own ``forward`` kept of ``node``."""
 
@@ -100,6 +103,7 @@ class Rule:
             names of what it keeps; None: the operator is copied as it is.
         backward_of_many: instead of ``backward`` where several outputs are differentiable: it gets one gradient per
             output, None for an output that the loss does not depend on.
+        broadcasts: the gradient may come with extents of 1 where the output has more: it is only multiplied.
     """
 
     wants: WantRule
@@ -107,6 +111,7 @@ class Rule:
     doc: str = ""
     forward: ForwardRule | None = None
     backward_of_many: BackwardOfMany | None = None
+    broadcasts: bool = False
 
 
 def nothing(graph: ForwardGraph, node: Node, wrt: frozenset[int]) -> Sequence[Want]:

@@ -19,6 +19,7 @@ from edgetune.adapters.settings import AdapterSettings, parse
 from edgetune.autodiff.builder import OPSET
 from edgetune.autodiff.graph import ForwardGraph
 from edgetune.autodiff.losses import Loss, LossConfig, loss_from
+from edgetune.autodiff.rules.conv import with_form
 from edgetune.bundle import (
     FORMAT_VERSION,
     MANIFEST,
@@ -47,6 +48,8 @@ from edgetune.export.writer import TARGETS, GraphWriter
 from edgetune.version import __version__
 
 BATCH_NORMS = ("frozen", "trained")
+CONVOLUTIONS = ("products", "direct")
+"""How train graphs write convolutions: as matrix products where those are faster on a CPU, or as the operator Conv."""
 COMPRESS = ("layers", "all")
 """What codecs are used for. ``layers``: the inputs of trained layers, whose error stays in one weight gradient, and of
 trained batch-norm. ``all``: besides, every tensor whose values the backward pass needs (smooth nonlinearities,
@@ -83,6 +86,7 @@ class ExportOptions:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     adapter: str | None = None
+    convolutions: str = "products"
 
     @property
     def traces_loss(self) -> bool:
@@ -111,6 +115,10 @@ class ExportOptions:
         menu_from(self.codec)
         if self.compress not in COMPRESS:
             raise UsageError(f"what is compressed, '{self.compress}', is unknown; choose one of: {choices(COMPRESS)}")
+        if self.convolutions not in CONVOLUTIONS:
+            raise UsageError(
+                f"convolutions as '{self.convolutions}' are unknown; choose one of: {choices(CONVOLUTIONS)}"
+            )
         optimizer_named(self.optimizer)
         self.adapter_settings()
         if self.batch_norm not in BATCH_NORMS:
@@ -186,6 +194,8 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
     loss = None if options.traces_loss else loss_from(options.loss_config())
     targets = _targets(graph, loss)
     split = split_graph(graph, selection.parameters)
+    if options.convolutions == "products":
+        split.tail.nodes = [with_form(split.tail, node) for node in split.tail.nodes]
     values = {p: split.tail.constants.pop(p) for p in selection.parameters}
     state = {b: split.tail.constants.pop(b) for b in buffers}
     weights = WeightFile()

@@ -1,6 +1,7 @@
 """What becomes of batch-norm, once it is known what is trained. Knows the canonical graph.
 
 frozen, behind a frozen convolution    folded into its weight and bias
+frozen, behind a trained convolution   a scale of its weight, computed in every step, and a bias, where that is cheaper
 frozen, elsewhere                      a scale and a shift
 frozen, but its γ or β are trained     left as it is, in evaluation mode
 trained                                statistics of the batch; the running ones go on, as in torch's training mode
@@ -9,14 +10,19 @@ trained                                statistics of the batch; the running ones
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import onnx
 
+from edgetune.autodiff.convolution import SCALE
 from edgetune.autodiff.graph import ForwardGraph, Node
 from edgetune.errors import ExportError
+
+BATCH = 32
+"""How many samples a batch is taken to have, where it matters whether weights or activations are more."""
 
 
 def norm_parameters(graph: ForwardGraph, after: Collection[str]) -> list[str]:
@@ -68,8 +74,8 @@ def _fold_frozen_norms(graph: ForwardGraph, trained_nodes: Collection[str], trai
     """Replace every BatchNormalization that is frozen whole.
 
     With s = γ/√(σ² + ε) and t = β - μ·s: behind a frozen convolution it is folded into weight and bias. Behind a
-    trained one (node names in ``trained_nodes``) it becomes a scale and a shift, so that the trained tensor is the
-    model's own weight, and its gradient the one that the model's own framework computes.
+    trained one (node names in ``trained_nodes``) it becomes a scale and a shift, of the weight or of what it makes, so
+    that the trained tensor is the model's own weight, and its gradient the one that the model's own framework computes.
     """
     readers = graph.consumers()
     producer = {name: node for node in graph.nodes for name in node.outputs}
@@ -94,6 +100,10 @@ def _fold_frozen_norms(graph: ForwardGraph, trained_nodes: Collection[str], trai
             folded = _folded_convolution(graph, before, node.outputs[0], scale, shift)
             result = [folded if n is before else n for n in result]
             producer[node.outputs[0]] = folded
+        elif before is not None and _scalable(graph, before, trained) and len(readers[node.inputs[0]]) == 1:
+            scaled = _scaled_convolution(graph, before, node.outputs[0], scale, shift)
+            result = [scaled if n is before else n for n in result]
+            producer[node.outputs[0]] = scaled
         else:
             result.extend(_scale_and_shift(graph, node, scale, shift))
     graph.nodes = result
@@ -115,6 +125,29 @@ def _folded_convolution(graph: ForwardGraph, conv: Node, output: str, scale: Any
         _add_constant(graph, f"{conv.inputs[1]}.folded_bias.{output}", bias * scale + shift),
     )
     return Node("Conv", output, inputs, (output,), conv.attributes)
+
+
+def _scalable(graph: ForwardGraph, conv: Node, trained: Collection[str]) -> bool:
+    """Tell whether it is cheaper to scale the trained weight of ``conv`` in every step than what it makes.
+
+    That is so where an output channel has fewer weights than a batch has positions.
+    """
+    if conv.op != "Conv" or conv.outputs[0] in graph.wanted or conv.input(2) in trained or conv.input(SCALE):
+        return False
+    if conv.input(2) and conv.inputs[2] not in graph.constants:
+        return False
+    return math.prod(graph.shapes[conv.inputs[1]][1:]) <= BATCH * math.prod(graph.shapes[conv.outputs[0]][2:])
+
+
+def _scaled_convolution(graph: ForwardGraph, conv: Node, output: str, scale: Any, shift: Any) -> Node:
+    """Return ``conv`` with batch-norm as a fourth input [o, 1, 1..], which multiplies its weight, and as its bias."""
+    bias = graph.constants[conv.inputs[2]].astype(np.float64) * scale if conv.input(2) else 0.0
+    extents = (-1, *[1] * (len(graph.shapes[conv.inputs[1]]) - 1))
+    own = (
+        _add_constant(graph, f"{output}.shift", bias + shift),
+        _add_constant(graph, f"{output}.scale", scale.reshape(extents)),
+    )
+    return dataclasses.replace(conv, inputs=(*conv.inputs[:2], *own), outputs=(output,))
 
 
 def _scale_and_shift(graph: ForwardGraph, node: Node, scale: Any, shift: Any) -> list[Node]:

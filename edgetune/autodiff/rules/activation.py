@@ -161,7 +161,7 @@ def smooth(slope: Slope, of_output: bool) -> Rule:
     def backward(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
         return {0: ctx.g.op("Mul", dy, slope(ctx.g, ctx.value(kept(node)), node), hint="dx")}
 
-    return Rule(wants, backward, "its output" if of_output else "its input")
+    return Rule(wants, backward, "its output" if of_output else "its input", broadcasts=True)
 
 
 # Sigmoid: y·(1 - y)
@@ -267,8 +267,8 @@ def _identity(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping
 
 
 RULES = {
-    "Relu": Rule(_relu_wants, _relu, "1 bit per element"),
-    "Clip": Rule(_clip_wants, _clip, "1 bit per element"),
+    "Relu": Rule(_relu_wants, _relu, "1 bit per element", broadcasts=True),
+    "Clip": Rule(_clip_wants, _clip, "1 bit per element", broadcasts=True),
     "HardSigmoid": Rule(_hard_sigmoid_wants, _hard_sigmoid, "1 bit per element"),
     "LeakyRelu": Rule(_leaky_wants, _leaky, "1 bit per element"),
     "PRelu": Rule(_prelu_wants, _prelu, "1 bit per element (for the slope: its input)"),

@@ -10,16 +10,39 @@ and the channel rank instead of the batch and the channels.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from edgetune.autodiff.builder import GraphBuilder
+from edgetune.autodiff.convolution import (
+    DEPTHWISE,
+    DEPTHWISE_POSITIONS,
+    FORM,
+    POINTWISE,
+    POSITIONS,
+    SCALE,
+    TAPS,
+    TILE,
+    WINOGRAD,
+    WINOGRAD_CHANNELS,
+    Spread,
+    depthwise_map,
+    emit_depthwise,
+    emit_depthwise_taps,
+    emit_pointwise,
+    emit_scaled_weight,
+    emit_winograd,
+)
 from edgetune.autodiff.graph import ForwardGraph, Node
-from edgetune.autodiff.rule import Context, Rule, Stored, Want
+from edgetune.autodiff.lowering import emit_node
+from edgetune.autodiff.rule import Context, ForwardRule, Rule, Stored, Want
 from edgetune.autodiff.rules.weight_gradient import emit_batch_rank, emit_weight_gradient, for_tucker
 from edgetune.codecs import Svd
-from edgetune.codecs.base import Use
+from edgetune.codecs.base import Array, Use
 from edgetune.codecs.hosvd import emit_spatial
 
 
@@ -35,6 +58,7 @@ class Geometry:
     kernel: tuple[int, ...]
     input: tuple[int, ...]
     output: tuple[int, ...]
+    in_channels: int
     out_channels: int
 
     @staticmethod
@@ -52,8 +76,14 @@ class Geometry:
             kernel=tuple(weight[2:]),
             input=graph.shapes[node.inputs[0]][2:],
             output=graph.shapes[node.outputs[0]][2:],
+            in_channels=graph.shapes[node.inputs[0]][1],
             out_channels=weight[0],
         )
+
+    @property
+    def depthwise(self) -> bool:
+        """Whether every channel has a kernel of its own, and makes one channel."""
+        return 1 < self.groups == self.in_channels == self.out_channels
 
     @property
     def label(self) -> str:
@@ -89,6 +119,64 @@ def transposed_convolution(g: GraphBuilder, dy: str, weight: str, geometry: Geom
     return str(name)
 
 
+def form_of(geometry: Geometry) -> str:
+    """Return the form in which a convolution takes the least time: one of ``convolution.FORMS``, or "" for Conv.
+
+    The bounds are from measurements with onnxruntime on two cores, batches of 8 and 64.
+    """
+    positions = max(math.prod(geometry.input), math.prod(geometry.output))
+    plain = set(geometry.strides + geometry.dilations) == {1}
+    if geometry.depthwise:
+        return DEPTHWISE if positions <= DEPTHWISE_POSITIONS and math.prod(geometry.kernel) > 1 else ""
+    if geometry.groups > 1 or not plain:
+        return ""
+    if math.prod(geometry.kernel) == 1:
+        padded = any(geometry.pads_begin + geometry.pads_end)
+        return POINTWISE if positions <= POSITIONS and not padded else ""
+    wide = min(geometry.in_channels, geometry.out_channels) >= WINOGRAD_CHANNELS
+    fits = positions <= POSITIONS and min(geometry.output) >= TILE
+    return WINOGRAD if wide and fits and geometry.kernel == (TAPS, TAPS) else ""
+
+
+def with_form(graph: ForwardGraph, node: Node) -> Node:
+    """Return ``node``, if it is a Conv with the form that suits it."""
+    if node.op != "Conv":
+        return node
+    form = form_of(Geometry.of(graph, node))
+    return dataclasses.replace(node, attributes={**node.attributes, FORM: form}) if form else node
+
+
+def _connected(geometry: Geometry) -> Array:
+    return depthwise_map(
+        geometry.input, geometry.output, geometry.kernel, geometry.strides, geometry.dilations, geometry.pads_begin
+    )
+
+
+def _emit_form(ctx: Context, node: Node, geometry: Geometry, x: str, weight: str, *, bias: str, reverse: bool) -> str:
+    """Emit the result of the convolution, or the gradient of its input, in the form that ``node`` has been given."""
+    form = str(node.attributes[FORM])
+    source, result, pads = geometry.input, geometry.output, geometry.pads_begin
+    if reverse:
+        source, result = result, source
+        pads = tuple(k - 1 - p for k, p in zip(geometry.kernel, pads, strict=True))
+    shape = ctx.graph.shapes[node.inputs[1]]
+    spread = Spread(source, result, geometry.kernel, pads, shape[0], shape[1], reverse)
+
+    def body(g: GraphBuilder, names: Sequence[str]) -> str:
+        x, weight, own = names[0], names[1], names[2] if bias else ""
+        if form == POINTWISE:
+            return emit_pointwise(g, x, weight, own, spread)
+        if form == WINOGRAD:
+            return emit_winograd(g, x, weight, own, spread)
+        connected = _connected(geometry)
+        connected = np.ascontiguousarray(connected.transpose(0, 2, 1)) if reverse else connected
+        return emit_depthwise(g, x, weight, own, connected, result)
+
+    verb = "ConvInputGrad" if reverse else "ConvForward"
+    label = f"{verb}_{form}_{geometry.label}_w{shape[0]}x{shape[1]}" + ("_bias" if bias else "")
+    return ctx.function(label, [x, weight, *([bias] if bias else [])], "dx" if reverse else "y", body)
+
+
 def weight_gradient_taps(g: GraphBuilder, x: str, dy: str, geometry: Geometry) -> str:
     """Emit Σ_b,y,x X·dY for every tap: [o, c, *kernel], or [g, o, c, *kernel] with o and c within a group if grouped.
 
@@ -108,6 +196,9 @@ def weight_gradient_taps(g: GraphBuilder, x: str, dy: str, geometry: Geometry) -
             return str(g.op("MatMul", rows, columns, hint="tap"))
 
         return _stack(g, product, geometry.kernel, lead=2)
+    if form_of(geometry) == DEPTHWISE:
+        taps = emit_depthwise_taps(g, x, dy, _connected(geometry))
+        return str(g.op("Reshape", taps, g.const([0, 1, 1, *geometry.kernel]), hint="taps"))
     grouped = g.op("Reshape", x, g.const([0, geometry.groups, -1, *geometry.input]), hint="x_grouped")
     source = g.op("Transpose", grouped, perm=[1, 2, 0, *range(3, 3 + spatial)], hint="x_first")
     source = _pad(g, source, geometry, lead=3, trail=0)
@@ -155,14 +246,17 @@ def _window(g: GraphBuilder, source: str, geometry: Geometry, tap: tuple[int, ..
     return str(g.op("Slice", source, *bounds, hint="window"))
 
 
-InputGradient = Callable[[GraphBuilder, str, str, Geometry], str]
-"""(builder, dY, W, geometry) -> dX"""
+InputGradient = Callable[[Context, Node, Geometry, str], str]
+"""(context, node, geometry, dY) -> dX"""
 LayerGradient = Callable[[Context, Node, Geometry, str], str]
 """(context, node, geometry, dY) -> dW"""
 
 
 def convolution_rule(
-    geometry_of: Callable[[ForwardGraph, Node], Geometry], input_gradient: InputGradient, weight_gradient: LayerGradient
+    geometry_of: Callable[[ForwardGraph, Node], Geometry],
+    input_gradient: InputGradient,
+    weight_gradient: LayerGradient,
+    forward: ForwardRule | None = None,
 ) -> Rule:
     """Return the rule of a convolution, ordinary or transposed, whose gradients of input and weight these give."""
 
@@ -176,17 +270,43 @@ def convolution_rule(
         if 2 in wrt:
             axes = [0, *range(2, 2 + len(geometry.kernel))]
             gradients[2] = g.op("ReduceSum", dy, g.const(axes), keepdims=0, hint="db")
-        # The weight gradient comes first: while it is computed, dX does not exist yet.
-        if 1 in wrt:
-            gradients[1] = weight_gradient(ctx, node, geometry, dy)
-        if 0 in wrt:
-            gradients[0] = input_gradient(g, dy, node.inputs[1], geometry)
+        # The weight gradient comes first: while it is computed, dX does not exist yet. Winograd's transforms are larger
+        # than dX, and with them alive the weight gradient is the one that should not exist yet.
+        transformed = node.attributes.get(FORM) == WINOGRAD
+        for index in (0, 1) if transformed else (1, 0):
+            if index in wrt:
+                emit = (input_gradient, weight_gradient)[index]
+                gradients[index] = emit(ctx, node, geometry, dy)
         return gradients
 
-    return Rule(wants, backward, "its input, through a codec")
+    return Rule(wants, backward, "its input, through a codec", forward)
+
+
+def _forward(ctx: Context, node: Node) -> tuple[str, ...]:
+    """Emit the convolution in its form; nothing is kept."""
+    geometry = Geometry.of(ctx.graph, node)
+    if not node.attributes.get(FORM):
+        emit_node(ctx.g, node, ctx.graph)
+    else:
+        weight = emit_scaled_weight(ctx.g, node)
+        _emit_form(ctx, node, geometry, node.inputs[0], weight, bias=node.input(2), reverse=False)
+        ctx.g.nodes[-1].output[0] = node.outputs[0]
+    return ()
+
+
+def _input_gradient(ctx: Context, node: Node, geometry: Geometry, dy: str) -> str:
+    weight = emit_scaled_weight(ctx.g, node)
+    if node.attributes.get(FORM):
+        return _emit_form(ctx, node, geometry, dy, weight, bias="", reverse=True)
+    return transposed_convolution(ctx.g, dy, weight, geometry)
 
 
 def _weight_gradient(ctx: Context, node: Node, geometry: Geometry, dy: str) -> str:
+    dw = _gradient_of_scaled(ctx, node, geometry, dy)
+    return str(ctx.g.op("Mul", dw, node.inputs[SCALE], hint="dw")) if node.input(SCALE) else dw
+
+
+def _gradient_of_scaled(ctx: Context, node: Node, geometry: Geometry, dy: str) -> str:
     stored = ctx.stored(node.inputs[0], geometry.groups)
     shape = ctx.graph.shapes[node.inputs[1]]
 
@@ -235,4 +355,4 @@ def _hosvd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: G
 
 _IN_FACTORS = {Svd.name: _svd_weight_gradient, **for_tucker(_hosvd_weight_gradient)}
 
-RULES = {"Conv": convolution_rule(Geometry.of, transposed_convolution, _weight_gradient)}
+RULES = {"Conv": convolution_rule(Geometry.of, _input_gradient, _weight_gradient, _forward)}

@@ -49,16 +49,17 @@ def _geometry(graph: ForwardGraph, node: Node) -> Geometry:
         kernel=tuple(weight[2:]),
         input=graph.shapes[node.outputs[0]][2:],
         output=graph.shapes[node.inputs[0]][2:],
+        in_channels=graph.shapes[node.outputs[0]][1],
         out_channels=weight[0],
     )
 
 
-def _convolution(g: GraphBuilder, dy: str, weight: str, geometry: Geometry) -> str:
+def _convolution(ctx: Context, node: Node, geometry: Geometry, dy: str) -> str:
     """Emit dX. An output padding below the stride leaves no position over."""
-    name = g.op(
+    name = ctx.g.op(
         "Conv",
         dy,
-        weight,
+        node.inputs[1],
         hint="dx",
         group=geometry.groups,
         strides=list(geometry.strides),

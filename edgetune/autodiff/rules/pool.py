@@ -128,9 +128,9 @@ def _average_backward(ctx: Context, node: Node, wrt: frozenset[int], dy: str) ->
 
 # GlobalAveragePool: dX = dY / (h·w) everywhere
 def _global_average(ctx: Context, node: Node, wrt: frozenset[int], dy: str) -> Mapping[int, str]:
-    extents = ctx.graph.shapes[node.inputs[0]][2:]
-    share = np.full((1, 1, *extents), 1.0 / math.prod(extents), np.float32)
-    return {0: ctx.g.op("Mul", dy, ctx.g.const(share), hint="dx")}
+    shape = ctx.graph.shapes[node.inputs[0]]
+    share = ctx.g.op("Mul", dy, ctx.g.const(1.0 / math.prod(shape[2:])), hint="share")
+    return {0: ctx.spread(share, shape)}
 
 
 # GlobalMaxPool: dX = dY where x is the largest of its plane, shared evenly among equals (as torch.amax)

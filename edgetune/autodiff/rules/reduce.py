@@ -13,7 +13,7 @@ from edgetune.autodiff.graph import ForwardGraph, Node
 from edgetune.autodiff.lowering import batch_ones, emit_node
 from edgetune.autodiff.rule import Context, Rule, Want, nothing
 from edgetune.autodiff.rules.arithmetic import NEGATIVE, sign
-from edgetune.autodiff.rules.axes import expand, integers
+from edgetune.autodiff.rules.axes import integers
 from edgetune.codecs.base import Use
 
 _FLOAT = 1  # onnx.TensorProto.FLOAT
@@ -54,7 +54,7 @@ def _spread(ctx: Context, node: Node, dy: str) -> str:
     spread = _aligned(ctx, node, dy)
     if ctx.kept(node):
         spread = ctx.g.op("Mul", spread, ctx.kept(node)[0], hint="over_batch")
-    return expand(ctx.g, spread, shape) if any(shape[axis] > 1 for axis in axes) else spread
+    return ctx.spread(spread, shape) if any(shape[axis] > 1 for axis in axes) else spread
 
 
 # ReduceSum: dX = dY
