@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from edgetune.autodiff.builder import GraphBuilder
 from edgetune.codecs.base import Array
-from edgetune.codecs.subspace import emit_top_subspace, top_subspace
+from edgetune.codecs.subspace import EVEN, POLAR, WEAKEST, emit_top_subspace, top_subspace
 from tests.codecs.test_codec_laws import run_graph
 
 DECAYS = ("flat", "slow", "fast", "cliff", "rank_one", "zero")
@@ -61,3 +61,25 @@ def test_within_two_percent_of_the_best_subspace(kind: str, size: int, rank: int
         bases = [subspace(gram, sketch).astype(np.float64) for sketch in sketches]
         kept = [float(np.trace(basis.T @ gram @ basis)) for basis in bases]
         assert np.median(kept) >= 0.98 * best
+
+
+@pytest.mark.parametrize("kind", ["fast", "cliff", "rank_one", "zero"])
+@pytest.mark.parametrize(("size", "rank"), [(3, 3), (64, 64), (64, 60), (100, 100)])
+def test_orthonormal_where_the_batch_determines_few_directions(kind: str, size: int, rank: int) -> None:
+    gram = gram_of(kind, size, seed=1)
+    for seed in range(3):  # square sketches are ill-conditioned now and then
+        sketch = np.random.default_rng(seed).standard_normal((size, rank)).astype(np.float32)
+        basis = emitted(gram, sketch).astype(np.float64)
+        assert np.abs(basis.T @ basis - np.eye(rank)).max() <= 5e-6
+        expected = top_subspace(gram, sketch)
+        kept, best = np.trace(basis.T @ gram @ basis), np.trace(expected.T @ gram @ expected)
+        assert kept == pytest.approx(best, rel=2e-4, abs=1e-12)
+
+
+def test_every_singular_value_from_the_weakest_on_becomes_one() -> None:
+    values = np.geomspace(WEAKEST, 1.0, 20_001)
+    for i, (a, b, c) in enumerate(POLAR):
+        values = a * values + b * values**3 + c * values**5
+        if i + 1 == EVEN:
+            assert values.min() >= 0.1 and values.max() <= 2.0
+    assert np.abs(values - 1.0).max() <= 1e-6
