@@ -40,6 +40,7 @@ from edgetune.autodiff.convolution import (
 from edgetune.autodiff.graph import ForwardGraph, Node
 from edgetune.autodiff.lowering import emit_node
 from edgetune.autodiff.rule import Context, ForwardRule, Rule, Stored, Want
+from edgetune.autodiff.rules.depthwise_tucker import emit_depthwise_in_factors, suits
 from edgetune.autodiff.rules.weight_gradient import emit_batch_rank, emit_weight_gradient, for_tucker
 from edgetune.codecs import Svd
 from edgetune.codecs.base import Array, Use
@@ -336,6 +337,8 @@ def _svd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: Geo
 
 
 def _hosvd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: Geometry) -> str:
+    if suits(stored, geometry):
+        return emit_depthwise_in_factors(g, stored, dy, geometry)
     z1 = emit_batch_rank_of_image(g, stored, dy, geometry.output)
     z3 = emit_spatial(g, stored.encoded, stored.saved)  # [r1, g, r2, *positions]
     if geometry.groups == 1:
