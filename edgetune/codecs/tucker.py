@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from edgetune.codecs.base import POSITIONS, Emitter
 
 
@@ -49,6 +51,16 @@ def emit_expand_positions(
             behind = [*positions[i + 1 :], *trail]
             x = emit_along(g, x, bases[letter], lead=lead + i, trail=behind, back=True, hint=f"expand_{letter}")
     return x
+
+
+def emit_joined(g: Emitter, basis: str, size: int, inside: int) -> str:
+    """Emit ``basis`` [1, size, r] as a matrix [size·inside, r·inside]: the positions behind, ``inside`` of them, stay.
+
+    One product with this Kronecker product is as good as one small product per sample and channel.
+    """
+    tall = g.op("Reshape", basis, g.const([size, 1, -1, 1]), hint="tall")
+    unit = g.const(np.eye(inside, dtype=np.float32).reshape(1, inside, 1, inside))
+    return str(g.op("Reshape", g.op("Mul", tall, unit, hint="joined"), g.const([size * inside, -1]), hint="joined"))
 
 
 def emit_unfolding(g: Emitter, x: str, axis: int, axes: int) -> tuple[str, bool]:
