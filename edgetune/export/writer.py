@@ -171,7 +171,7 @@ class GraphWriter:
             *(Value(name, (), "scalar") for name in optimizer.scalars),
         ]
         g = GraphBuilder(taken={value.name for value in inputs})
-        emitted, in_place = emit_update(g, self.optimizer, list(self.parameters))
+        emitted, in_place = emit_update(g, self.optimizer, self.parameters)
         kinds = {value.name: value for value in inputs}
         outputs = [dataclasses.replace(kinds[old], name=new) for new, old in in_place.items()]
         outputs.append(Value("gradient_norm", (), "output"))

@@ -178,6 +178,6 @@ def test_the_update_of_a_model_with_large_weights_peaks_where_it_was_predicted_t
     tmp_path: Path, optimizer: str
 ) -> None:
     found = measured_step(tmp_path, "dense", "wide", optimizer, 2, 1)
-    assert found["update_bytes"] > 30 * MIB
+    assert found["update_bytes"] > 15 * MIB  # the gradients: everything else is written over what is there
     for graph in ("train", "update"):
         assert found["measured"][graph] == pytest.approx(found[f"{graph}_bytes"], rel=0.1)

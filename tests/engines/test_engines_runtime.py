@@ -77,7 +77,8 @@ def test_outputs_land_in_the_buffers_that_are_named_even_where_they_are_inputs(
     feeds = {name: runtime.put(value) for name, value in arrays_in.items()}
     assert set(spec.in_place) == set(spec.outputs) - {"gradient_norm"}
     made = runtime.run("update", feeds, spec.outputs, {new: feeds[old] for new, old in spec.in_place.items()})
-    for new, old in spec.in_place.items():
+    overwritten = {old: new for new, old in spec.in_place.items()}  # of several values the last stays
+    for old, new in overwritten.items():
         # three views of one buffer: the array that was put, its handle, and the output
         for value in (runtime.get(made[new]), runtime.get(feeds[old]), arrays_in[old]):
             assert np.array_equal(value, expected[new])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 import edgetune
+from edgetune.autodiff.builder import GraphBuilder
 from edgetune.bundle import Array
 from edgetune.errors import UsageError
-from edgetune.export.optimizers import OPTIMIZERS, optimizer_named
+from edgetune.export import optimizers
+from edgetune.export.optimizers import OPTIMIZERS, emit_update, optimizer_named
 from tests.autodiff.handmade import CLASSES, CONVS
 from tests.autodiff.parity import Bundles, batch_of, relative_error
 
@@ -91,3 +94,51 @@ def test_gradients_change_nothing(bundles: Bundles) -> None:
 def test_an_unknown_optimizer_lists_the_known_ones() -> None:
     with pytest.raises(UsageError, match=r"'lion'.*adamw, sgd"):
         optimizer_named("lion")
+
+
+SHAPES: dict[str, tuple[int, ...]] = {"conv.weight": (4, 3, 2, 2), "fc.weight": (5, 4), "fc.bias": (5,), "scale": ()}
+
+
+def emitted(kind: str) -> tuple[dict[str, str], dict[str, str], list[Any]]:
+    """Return the results, what they replace, and the nodes of an update."""
+    optimizer = OPTIMIZERS[kind]
+    slots = [f"{slot}/{name}" for name in SHAPES for slot in (*optimizer.slots, "gradient")]
+    g = GraphBuilder(taken={*SHAPES, *slots, *optimizer.scalars})
+    results, in_place = emit_update(g, kind, SHAPES)
+    return results, in_place, g.nodes
+
+
+def too_early(results: dict[str, str], in_place: dict[str, str], nodes: list[Any]) -> list[str]:
+    """Return the nodes that a runtime may execute after what they read has been replaced."""
+    makers = {name: node for node in nodes for name in node.output}
+    before: dict[str, set[str]] = {}  # everything that must have been made when a tensor is there
+    for node in nodes:
+        before[node.output[0]] = {node.output[0]}.union(*(before.get(name, {name}) for name in node.input))
+    contents: dict[str, list[str]] = {}
+    for output, replaced in in_place.items():
+        contents.setdefault(replaced, [replaced]).append(results[output])
+    problems = []
+    for held in contents.values():
+        for old, new in itertools.pairwise(held):
+            readers = [node.output[0] for node in nodes if old in node.input and makers.get(new) is not node]
+            problems += [reader for reader in readers if reader not in before[new]]
+    return problems
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_nothing_is_replaced_before_all_have_read_it_in_whatever_order_nodes_run(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert too_early(*emitted(kind)) == []
+    monkeypatch.setattr(optimizers, "_after", lambda _g, scalar, _tensor, _rank: scalar)
+    assert len(too_early(*emitted(kind))) == len(SHAPES)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_an_update_makes_no_tensor_of_a_parameters_size_outside_the_buffers(kind: str) -> None:
+    results, in_place, nodes = emitted(kind)
+    kept = {results[output] for output in in_place}
+    large = set(in_place.values()) | kept
+    # An element-wise operator makes what its largest operand is; Slice and the sum of squares make one number.
+    made = [n for n in nodes if large.intersection(n.input) and n.op_type not in ("Slice", "ReduceSumSquare", "Where")]
+    assert {name for node in made for name in node.output} == kept
