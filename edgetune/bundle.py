@@ -117,8 +117,8 @@ class GraphSpec:
 
     ``nodes`` are the node names of ``flat_file`` in the order in which they must be executed. Where there are
     ``stages``, an engine runs those, one after the other, instead of ``flat_file``. ``in_place`` maps outputs to the
-    inputs whose buffers they are written to: such an output depends on its input through element-wise operators alone,
-    so by the time it is written nothing is left to read what it replaces.
+    inputs whose buffers they are written to, in the order in which they are made; a buffer may hold several in turn.
+    Every such output depends on all that reads what it replaces, so by the time it is written nothing is left to read.
 
     Where saved tensors have several options, the files hold the nodes of all of them and can not be run as they are:
     ``planning.selection`` makes of ``wires`` (one per node), ``choices`` and ``ends`` (the tensors that end the forward
