@@ -8,10 +8,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
 _THRESHOLD_BYTES = 128 * 1024
+KEPT_BLOCK_BYTES = 4 << 20
+_RELEASES: list[Callable[[], None]] = []
 
 
 @functools.cache
@@ -39,8 +42,31 @@ def return_memory_to_the_system() -> None:
         libc.mallopt(_M_ARENA_MAX, 1)
 
 
+def keep_blocks() -> None:
+    """Make glibc use freed blocks of up to 4 MiB again, rather than hand them back: :func:`trim` does that later.
+
+    For an engine whose larger tensors lie elsewhere. Call it after :func:`return_memory_to_the_system`.
+    """
+    libc = _glibc()
+    if libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
+        libc.mallopt(_M_TRIM_THRESHOLD, 8 * KEPT_BLOCK_BYTES)
+
+
 def trim() -> None:
-    """Trim the heap: smaller blocks, freed between others in use, would otherwise add up over the steps."""
+    """Give all that is free back to the system, what engines keep for their next step too (:func:`at_trim`)."""
+    for release in _RELEASES:
+        release()
+    trim_blocks()
+
+
+def trim_blocks() -> None:
+    """Trim the C library's heap: smaller blocks, freed between others in use, would otherwise add up over the steps."""
     libc = _glibc()
     if libc is not None:
         libc.malloc_trim(0)
+
+
+def at_trim(release: Callable[[], None]) -> None:
+    """Have :func:`trim` call ``release`` too, which gives memory back to the system that nothing uses."""
+    _RELEASES.append(release)

@@ -78,6 +78,7 @@ class TorchRuntime:
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
         if name == "cpu":
             heap.return_memory_to_the_system()
+            heap.keep_blocks()
 
     def choose(self, selection: Mapping[str, str]) -> None:
         """Take these options where saved tensors have several."""
@@ -167,9 +168,12 @@ class TorchRuntime:
                 raise EngineError(f"graph '{graph}': {error}") from error
 
     def settle(self) -> None:
-        """Give small freed blocks back to the system. CUDA's allocator keeps what it has, for the next step."""
+        """Give small freed blocks back to the system; what large tensors take at the peak is kept for the next step.
+
+        ``heap.trim`` gives that back too. CUDA's allocator keeps what it has.
+        """
         if self._device.type == "cpu":
-            heap.trim()
+            heap.trim_blocks()
 
     def verify_order(self, graph: str, feeds: Mapping[str, Handle]) -> None:
         """Load ``graph``, which checks that every operator is known; the interpreter keeps the order by itself."""

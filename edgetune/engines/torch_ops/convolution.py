@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from edgetune.engines import heap
+from edgetune.engines.torch_ops.arena import fresh
 from edgetune.engines.torch_ops.base import Call, Kernel, pad_spatial, spatial_padding
 
 
@@ -18,7 +23,31 @@ def _conv(n: Call, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     # What both sides have in common the convolution pads itself; only the rest needs a padded copy.
     common = [max(min(b, e), 0) for b, e in zip(begin, end, strict=True)]
     x = pad_spatial(x, _less(begin, common), _less(end, common))
-    return torch.convolution(x, weight, bias, strides, common, dilations, False, [0] * spatial, n.get("group", 1))
+    settings = (strides, common, dilations, False, [0] * spatial, n.get("group", 1))
+    sides = zip(x.shape[2:], kernel, strides, dilations, common, strict=True)
+    extents = [(size + 2 * pad - d * (k - 1) - 1) // s + 1 for size, k, s, d, pad in sides]
+    return _in_pieces(x, weight, bias, settings, [len(x), len(weight), *extents])
+
+
+def _in_pieces(x: Tensor, weight: Tensor, bias: Tensor | None, settings: Any, shape: Sequence[int]) -> Tensor:
+    """Convolve a few samples at a time, so that what the library reorders stays small; the result has ``shape``."""
+    out = fresh(shape, x.dtype, x.device) if x.dtype == weight.dtype else None
+    samples = samples_at_once(x[:1].numel(), math.prod(shape[1:]), weight.numel(), x.dtype.itemsize)
+    if out is None or samples >= len(x):
+        return torch.convolution(x, weight, bias, *settings)
+    for source, target in zip(torch.split(x, samples), torch.split(out, samples), strict=True):
+        target.copy_(torch.convolution(source, weight, bias, *settings))
+    return out
+
+
+def samples_at_once(source: int, result: int, weight: int, element_bytes: int) -> int:
+    """Return how many samples of ``source`` and ``result`` elements one call of a convolution should take.
+
+    No temporary of a call should be larger than what the heap keeps (``engines.heap.KEPT_BLOCK_BYTES``). But every
+    call reorders the weight once more: where that would be as much work as the samples, all go at once.
+    """
+    samples = max(heap.KEPT_BLOCK_BYTES // (2 * max(source, result, 1) * element_bytes), 1)
+    return samples if samples * (source + result) >= 2 * weight else sys.maxsize
 
 
 def _less(a: Sequence[int], b: Sequence[int]) -> list[int]:
@@ -35,7 +64,10 @@ def _conv_transpose(n: Call, x: Tensor, weight: Tensor, bias: Tensor | None = No
     begin, end = pads[:spatial], pads[spatial:]
     fits = all(r < max(s, d) for r, s, d in zip(rest, strides, dilations, strict=True))
     if begin == end and fits and min(begin) >= 0:
-        return torch.convolution(x, weight, bias, strides, begin, dilations, True, rest, groups)
+        settings = (strides, begin, dilations, True, rest, groups)
+        sides = zip(whole, begin, rest, strict=True)
+        extents = [size - 2 * pad + more for size, pad, more in sides]
+        return _in_pieces(x, weight, bias, settings, [len(x), weight.shape[1] * groups, *extents])
     zeros = [0] * spatial
     y = torch.convolution(x, weight, None, strides, zeros, dilations, True, zeros, groups)
     y = pad_spatial(y, [-b for b in begin], _less(rest, end))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from edgetune.engines.torch_ops.base import Call, Kernel
+from edgetune.engines.torch_ops.arena import fresh
+from edgetune.engines.torch_ops.base import Call, Kernel, broadcast
 from edgetune.errors import EngineError
 
 
@@ -18,8 +19,27 @@ def _unary(function: Any) -> Kernel:
     return lambda n, x: function(x)
 
 
-def _binary(function: Any) -> Kernel:
-    return lambda n, a, b: function(a, b)
+def _made(function: Any) -> Kernel:
+    """Return the kernel of a ``function`` that can write its floating-point result to memory of ours."""
+
+    def kernel(n: Call, x: Tensor) -> Tensor:
+        out = fresh(x.shape, x.dtype, x.device) if x.is_floating_point() else None
+        result: Tensor = function(x) if out is None else function(x, out=out)
+        return result
+
+    return kernel
+
+
+def _binary(function: Any, dtype: torch.dtype | None = None) -> Kernel:
+    """Return the kernel of a ``function`` of two tensors of one type; ``dtype`` is that of the result if another."""
+
+    def kernel(n: Call, a: Tensor, b: Tensor) -> Tensor:
+        shape = a.shape if a.shape == b.shape else broadcast(a.shape, b.shape)
+        out = fresh(shape, dtype or a.dtype, a.device) if a.dtype == b.dtype else None
+        result: Tensor = function(a, b) if out is None else function(a, b, out=out)
+        return result
+
+    return kernel
 
 
 def _fold(function: Callable[[Tensor, Tensor], Tensor]) -> Kernel:
@@ -33,9 +53,14 @@ def _mean(n: Call, *x: Tensor) -> Tensor:
     return functools.reduce(torch.add, x) / len(x)
 
 
-def _div(n: Call, a: Tensor, b: Tensor) -> Tensor:
+_quotient = _binary(torch.div)
+
+
+def _div(n: Call, a: Tensor, b: Tensor) -> Tensor | tuple[Tensor, ...]:
+    if a.dtype.is_floating_point:
+        return _quotient(n, a, b)
     # integers: towards zero, as C does
-    return torch.div(a, b) if a.dtype.is_floating_point else torch.div(a, b, rounding_mode="trunc")
+    return torch.div(a, b, rounding_mode="trunc")
 
 
 def _mod(n: Call, a: Tensor, b: Tensor) -> Tensor:
@@ -56,11 +81,13 @@ def _clip(n: Call, x: Tensor, low: Tensor | None = None, high: Tensor | None = N
         return x.clamp(n.get("min"), n.get("max"))
     if low is None and high is None:
         return x.clone()
-    return torch.clamp(x, low, high)
+    out = fresh(x.shape, x.dtype, x.device)
+    return torch.clamp(x, low, high) if out is None else torch.clamp(x, low, high, out=out)
 
 
 def _relu(n: Call, x: Tensor) -> Tensor:
-    return torch.relu(x)
+    out = fresh(x.shape, x.dtype, x.device)
+    return torch.relu(x) if out is None else torch.clamp_min(x, 0, out=out)
 
 
 def _leaky_relu(n: Call, x: Tensor) -> Tensor:
@@ -120,7 +147,9 @@ def _is_inf(n: Call, x: Tensor) -> Tensor:
 
 
 def _cast(n: Call, x: Tensor) -> Tensor:
-    return x.to(n.type_of(n.get("to")))
+    target = n.type_of(n.get("to"))
+    out = None if target == x.dtype else fresh(x.shape, target, x.device)
+    return x.to(target) if out is None else out.copy_(x)
 
 
 def _cast_like(n: Call, x: Tensor, like: Tensor) -> Tensor:
@@ -128,7 +157,9 @@ def _cast_like(n: Call, x: Tensor, like: Tensor) -> Tensor:
 
 
 def _where(n: Call, condition: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return torch.where(condition, a, b)
+    shape = broadcast(condition.shape, a.shape, b.shape)
+    out = fresh(shape, a.dtype, a.device) if a.dtype == b.dtype else None
+    return torch.where(condition, a, b) if out is None else torch.where(condition, a, b, out=out)
 
 
 def _dropout(n: Call, x: Tensor, ratio: Tensor | None = None, training: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -147,24 +178,34 @@ def _dropout(n: Call, x: Tensor, ratio: Tensor | None = None, training: Tensor |
 
 KERNELS: dict[str, Kernel] = {
     **{
-        name: _unary(function)
+        name: _made(function)
         for name, function in {
             "Abs": torch.abs, "Acos": torch.acos, "Acosh": torch.acosh, "Asin": torch.asin, "Asinh": torch.asinh,
-            "Atan": torch.atan, "Atanh": torch.atanh, "BitwiseNot": torch.bitwise_not, "Ceil": torch.ceil,
-            "Cos": torch.cos, "Cosh": torch.cosh, "Erf": torch.erf, "Exp": torch.exp, "Floor": torch.floor,
-            "HardSwish": functional.hardswish, "IsNaN": torch.isnan, "Log": torch.log, "Neg": torch.neg,
-            "Not": torch.logical_not, "Reciprocal": torch.reciprocal, "Round": torch.round, "Sigmoid": torch.sigmoid,
-            "Sign": torch.sign, "Sin": torch.sin, "Sinh": torch.sinh, "Sqrt": torch.sqrt, "Tan": torch.tan,
-            "Tanh": torch.tanh,
+            "Atan": torch.atan, "Atanh": torch.atanh, "Ceil": torch.ceil, "Cos": torch.cos, "Cosh": torch.cosh,
+            "Erf": torch.erf, "Exp": torch.exp, "Floor": torch.floor, "Log": torch.log, "Neg": torch.neg,
+            "Reciprocal": torch.reciprocal, "Round": torch.round, "Sigmoid": torch.sigmoid, "Sign": torch.sign,
+            "Sin": torch.sin, "Sinh": torch.sinh, "Sqrt": torch.sqrt, "Tan": torch.tan, "Tanh": torch.tanh,
+        }.items()
+    },
+    **{
+        name: _unary(function)
+        for name, function in {
+            "BitwiseNot": torch.bitwise_not, "HardSwish": functional.hardswish, "IsNaN": torch.isnan,
+            "Not": torch.logical_not,
         }.items()
     },
     **{
         name: _binary(function)
         for name, function in {
-            "Add": torch.add, "And": torch.logical_and, "BitwiseAnd": torch.bitwise_and,
-            "BitwiseOr": torch.bitwise_or, "BitwiseXor": torch.bitwise_xor, "Equal": torch.eq, "Greater": torch.gt,
-            "GreaterOrEqual": torch.ge, "Less": torch.lt, "LessOrEqual": torch.le, "Mul": torch.mul,
-            "Or": torch.logical_or, "Sub": torch.sub, "Xor": torch.logical_xor,
+            "Add": torch.add, "BitwiseAnd": torch.bitwise_and, "BitwiseOr": torch.bitwise_or,
+            "BitwiseXor": torch.bitwise_xor, "Mul": torch.mul, "Sub": torch.sub,
+        }.items()
+    },
+    **{
+        name: _binary(function, torch.bool)
+        for name, function in {
+            "And": torch.logical_and, "Equal": torch.eq, "Greater": torch.gt, "GreaterOrEqual": torch.ge,
+            "Less": torch.lt, "LessOrEqual": torch.le, "Or": torch.logical_or, "Xor": torch.logical_xor,
         }.items()
     },
     "BitShift": _bit_shift,

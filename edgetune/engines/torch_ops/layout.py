@@ -10,6 +10,7 @@ from onnx import TensorProto
 from torch import Tensor
 from torch.nn import functional
 
+from edgetune.engines.torch_ops.arena import empty, fresh
 from edgetune.engines.torch_ops.base import Call, Kernel, broadcast
 from edgetune.errors import EngineError
 
@@ -21,13 +22,21 @@ def _reshape(n: Call, x: Tensor, shape: Tensor) -> Tensor:
     if -1 in target and x.numel() == 0:  # torch cannot infer an extent of an empty tensor that has other zeros
         known = math.prod(extent for extent in target if extent != -1)
         target = [(0 if known == 0 else x.numel() // known) if extent == -1 else extent for extent in target]
-    return x.reshape(target)
+    return _viewed(x, target)
+
+
+def _viewed(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return ``x`` in another shape; a copy only where its strides allow no view."""
+    try:
+        return x.view(shape)
+    except RuntimeError:
+        return copied(x).reshape(shape)
 
 
 def _flatten(n: Call, x: Tensor) -> Tensor:
     axis = n.get("axis", 1)
     axis = axis + x.ndim if axis < 0 else axis
-    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
+    return _viewed(x, [math.prod(x.shape[:axis]), math.prod(x.shape[axis:])])
 
 
 def _axes(n: Call, axes: Tensor | None) -> list[int] | None:
@@ -62,7 +71,12 @@ def _tile(n: Call, x: Tensor, repeats: Tensor) -> Tensor:
 
 
 def _concat(n: Call, *x: Tensor) -> Tensor:
-    return torch.cat(x, n.get("axis")) if len(x) > 1 else x[0].clone()
+    if len(x) == 1:
+        return copied(x[0])
+    axis = n.get("axis") % x[0].ndim
+    shape = [sum(t.shape[i] for t in x) if i == axis else size for i, size in enumerate(x[0].shape)]
+    out = fresh(shape, x[0].dtype, x[0].device)
+    return torch.cat(x, axis) if out is None else torch.cat(x, axis, out=out)
 
 
 def _split(n: Call, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -72,7 +86,7 @@ def _split(n: Call, x: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...
         count = n.get("num_outputs", n.outputs)
         each = -(-x.shape[axis] // count)
         given = [min(each, max(x.shape[axis] - i * each, 0)) for i in range(count)]
-    return tuple(piece.clone(memory_format=torch.contiguous_format) for piece in torch.split(x, given, axis))
+    return tuple(copied(piece) for piece in torch.split(x, given, axis))
 
 
 def _slice(
@@ -100,7 +114,7 @@ def _slice(
         low = begin + (count - 1) * stride
         x = x[(*index, slice(low, begin + 1, -stride))] if count else x[(*index, slice(0, 0))]
         x = x.flip(axis)
-    return x.clone(memory_format=torch.contiguous_format)
+    return copied(x)
 
 
 _PAD_MODES = {"reflect": "reflect", "edge": "replicate", "wrap": "circular"}
@@ -150,7 +164,7 @@ def _depth_to_space(n: Call, x: Tensor) -> Tensor:
         y = x.reshape(batch, size, size, channels // size**2, height, width).permute(0, 3, 4, 1, 5, 2)
     else:
         y = x.reshape(batch, channels // size**2, size, size, height, width).permute(0, 1, 4, 2, 5, 3)
-    return _copied(y).reshape(batch, channels // size**2, height * size, width * size)
+    return copied(y).reshape(batch, channels // size**2, height * size, width * size)
 
 
 def _space_to_depth(n: Call, x: Tensor) -> Tensor:
@@ -158,11 +172,12 @@ def _space_to_depth(n: Call, x: Tensor) -> Tensor:
     batch, channels, height, width = x.shape
     y = x.reshape(batch, channels, height // size, size, width // size, size)
     y = y.permute(0, 3, 5, 1, 2, 4) if n.get("mode", "DCR") == "DCR" else y.permute(0, 1, 3, 5, 2, 4)
-    return _copied(y).reshape(batch, channels * size * size, height // size, width // size)
+    return copied(y).reshape(batch, channels * size * size, height // size, width // size)
 
 
-def _copied(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
+def copied(x: Tensor) -> Tensor:
+    """Return a copy of ``x`` without holes."""
+    return empty(x.shape, x.dtype, x.device).copy_(x)
 
 
 def _trilu(n: Call, x: Tensor, k: Tensor | None = None) -> Tensor:

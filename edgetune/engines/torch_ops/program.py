@@ -5,7 +5,7 @@ Nodes run in the order in which they stand. A tensor is let go at its last use. 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,8 +45,8 @@ class _Step:
     """One node. ``dies`` are the names that nothing reads afterwards.
 
     ``captured`` is what the node's subgraphs read from around them; None if it has no subgraph.
-    ``over`` is a kernel that writes its result over the first input; it may be used unless one of ``shared``, the
-    names of that memory, is wanted by the caller.
+    ``over`` is the input that the result may be written over, unless one of ``shared``, the names of that memory, is
+    wanted by the caller.
     """
 
     call: Call
@@ -55,7 +55,7 @@ class _Step:
     outputs: tuple[str, ...]
     captured: tuple[str, ...] | None
     dies: tuple[str, ...]
-    over: Kernel | None = None
+    over: int | None = None
     shared: frozenset[str] = frozenset()
 
 
@@ -117,18 +117,12 @@ class Program:
         for name, index in last.items():
             if name not in self._constants:
                 dies.setdefault(index, []).append(name)
-        owners = self._owners(prepared)
-        members: dict[str, set[str]] = {}
-        for name, owner in owners.items():
-            members.setdefault(owner, set()).add(name)
+        memories = _Memories(made)
         steps = []
         for index, (node, kernel, call, captured) in enumerate(prepared):
-            over, shared = None, frozenset[str]()
-            if node.op_type in IN_PLACE and not node.domain and owners[node.input[0]] in made:
-                shared = frozenset(members[owners[node.input[0]]])
-                earlier = [name for name in shared if name not in node.output]
-                if node.input[0] not in node.input[1:] and all(last[name] <= index for name in earlier):
-                    over = IN_PLACE[node.op_type]
+            over = memories.overwritten(node, last, index)
+            shared = frozenset[str]() if over is None else memories.names(node.input[over])
+            memories.note(node, over)
             steps.append(
                 _Step(
                     call,
@@ -141,16 +135,8 @@ class Program:
                     shared,
                 )
             )
+        self._owner.update(memories.owner)
         return tuple(steps)
-
-    def _owners(self, prepared: Sequence[tuple[NodeProto, Kernel, Call, tuple[str, ...]]]) -> dict[str, str]:
-        """Return, per name, the first name of the memory that it may lie in."""
-        for node, *_ in prepared:
-            may_share = not node.domain and (node.op_type in ALIASING or node.op_type in IN_PLACE)
-            for place, name in enumerate(node.output):
-                if name:
-                    self._owner[name] = self._owner[node.input[0]] if may_share and place == 0 else name
-        return self._owner
 
     def run(
         self, feeds: Mapping[str, Tensor], outputs: Sequence[str], into: Mapping[str, Tensor] | None = None
@@ -160,7 +146,8 @@ class Program:
         Raises:
             EngineError: a node fails; the message names it.
         """
-        buffers, kept = into or {}, frozenset(outputs)
+        buffers = into or {}
+        kept = frozenset(outputs) | buffers.keys()
         values = dict(self._constants)
         values.update((name, feeds[name]) for name in (*self.inputs, *self.captures))
         for step in self._steps:
@@ -192,8 +179,8 @@ class Program:
             made = step.kernel(step.call, *given, outer={name: values[name] for name in step.captured})
         elif target is not None and step.call.op in INTO and _fits(target, given):
             made = INTO[step.call.op](*given, out=target)
-        elif step.over is not None and kept.isdisjoint(step.shared) and _is_whole(given[0]):
-            made = step.over(step.call, *given)
+        elif step.over is not None and kept.isdisjoint(step.shared) and _may_hold(given[step.over], step, given):
+            made = _written_over(given[step.over], step, given)
         else:
             made = step.kernel(step.call, *given)
         for name, value in zip(step.outputs, (made,) if isinstance(made, Tensor) else made, strict=False):
@@ -226,8 +213,55 @@ def _has_body(node: NodeProto) -> bool:
     return any(attribute.type == AttributeProto.GRAPH for attribute in node.attribute)
 
 
-def _is_whole(x: Tensor | None) -> bool:
-    return x is not None and x.is_contiguous() and x.is_floating_point()
+def _may_hold(target: Tensor | None, step: _Step, given: Sequence[Tensor | None]) -> bool:
+    """Tell whether the result of ``step`` has the shape and the type of ``target``, an input without holes."""
+    if target is None or not target.is_contiguous() or not target.is_floating_point():
+        return False
+    return step.call.op in IN_PLACE or _fits(target, given)
+
+
+def _written_over(target: Tensor | None, step: _Step, given: Sequence[Tensor | None]) -> Tensor | tuple[Tensor, ...]:
+    if step.call.op in IN_PLACE:
+        return IN_PLACE[step.call.op](step.call, *given)
+    return INTO[step.call.op](*given, out=target)
+
+
+class _Memories:
+    """Which names may lie in one memory, found node by node: views, and results written over an input."""
+
+    def __init__(self, made: Collection[str]) -> None:
+        """Of ``made``, the names that nodes make, memory may be written over."""
+        self.owner: dict[str, str] = {}
+        self._made = made
+        self._members: dict[str, set[str]] = {}
+
+    def names(self, name: str) -> frozenset[str]:
+        """Return all names so far of the memory in which ``name`` may lie."""
+        return frozenset(self._members.get(self.owner.get(name, name), {name}))
+
+    def overwritten(self, node: NodeProto, last: Mapping[str, int], index: int) -> int | None:
+        """Return the first input that the result of ``node``, the one at ``index``, may be written over: nothing in its
+        memory is read later. ``last`` tells where every name is read last.
+        """
+        if node.domain or node.op_type not in IN_PLACE | INTO:
+            return None
+        places = range(len(node.input)) if node.op_type in INTO else range(1)
+        roots = [self.owner.get(name, name) for name in node.input]
+        for place in places:
+            alone = roots.count(roots[place]) == 1 and roots[place] in self._made
+            if alone and all(last[name] <= index for name in self.names(node.input[place])):
+                return place
+        return None
+
+    def note(self, node: NodeProto, over: int | None) -> None:
+        """Take note of what ``node`` makes; ``over`` is the input that its result may be written over."""
+        if over is None and not node.domain and node.op_type in ALIASING:
+            over = 0
+        for place, name in enumerate(node.output):
+            if name:
+                shares = over is not None and place == 0
+                self.owner[name] = self.owner.get(node.input[over], node.input[over]) if shares else name
+                self._members.setdefault(self.owner[name], {self.owner[name]}).add(name)
 
 
 def _kernel(node: NodeProto, setting: Setting) -> Kernel:
