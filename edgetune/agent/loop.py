@@ -208,7 +208,12 @@ class Agent:
     def _make_session(self) -> None:
         plan = self._in_session = self.budgeter.plan
         self.session = self.parts.session_factory(
-            self.bundle, plan, engine=self.config.engine, hyper=dict(self.config.hyper), seed=self.seed
+            self.bundle,
+            plan,
+            engine=self.config.engine,
+            hyper=dict(self.config.hyper),
+            seed=self.seed,
+            memory="fast" if self.config.budget_bytes is None else "lean",
         )
 
     def _begin(self) -> None:

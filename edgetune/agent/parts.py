@@ -49,7 +49,14 @@ class SessionFactory(Protocol):
     """Makes a session; the signature of ``engines.TrainingSession``."""
 
     def __call__(
-        self, bundle: Bundle, plan: Plan, *, engine: str, hyper: Mapping[str, float] | None, seed: int
+        self,
+        bundle: Bundle,
+        plan: Plan,
+        *,
+        engine: str,
+        hyper: Mapping[str, float] | None,
+        seed: int,
+        memory: str,
     ) -> Session: ...
 
 

@@ -14,6 +14,8 @@ from edgetune.errors import EngineError, UsageError, choices
 ENGINES = ("auto", "onnxruntime", "torch")
 
 # What the kernel driver of an NVIDIA device makes: on a computer, on a Jetson, inside WSL.
+MEMORY = ("lean", "fast")
+"""Whether an engine keeps to the plan's peak, or takes more where that saves time."""
 _DEVICE_NODES = ("nvidia0", "nvidiactl", "nvhost-gpu", "nvgpu", "dxg")
 
 
@@ -61,13 +63,15 @@ def describe_engine(engine: str = "auto") -> str:
     return f"engine {choice.name}: {choice.reason}"
 
 
-def make_runtime(bundle: Bundle, engine: str = "auto") -> Runtime:
-    """Return the runtime called ``engine``.
+def make_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> Runtime:
+    """Return the runtime called ``engine``; ``memory`` is one of :data:`MEMORY`.
 
     Raises:
         UsageError: there is none of that name.
         EngineError: its packages are not installed.
     """
+    if memory not in MEMORY:
+        raise UsageError(f"memory '{memory}' is unknown; choose one of: {choices(MEMORY)}")
     if choose_engine(engine).name == "torch":
         if not _is_installed("torch"):
             raise EngineError(
@@ -79,7 +83,7 @@ def make_runtime(bundle: Bundle, engine: str = "auto") -> Runtime:
         return TorchRuntime(bundle)
     from edgetune.engines.onnxruntime import OnnxRuntime
 
-    return OnnxRuntime(bundle)
+    return OnnxRuntime(bundle, fast=memory == "fast")
 
 
 def _is_installed(package: str) -> bool:

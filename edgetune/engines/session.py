@@ -56,6 +56,7 @@ class TrainingSession:
         engine: str = "auto",
         hyper: Mapping[str, float] | None = None,
         seed: int = 0,
+        memory: str = "lean",
         verify: bool = True,
     ) -> None:
         """Load graphs and initial weights.
@@ -63,16 +64,18 @@ class TrainingSession:
         Args:
             plan: batch, ranks and (by its calibration) bases.
             hyper: values for the optimizer's scalars, such as ``{"learning_rate": 0.01}``.
+            memory: ``lean`` keeps the peak at what the plan predicts; ``fast`` lets the engine take more where that
+                saves time (see ``engines.onnxruntime``).
             verify: prove that the runtime executes the train graph in the emitted order.
 
         Raises:
             EngineError: no runtime, or one that changes the order.
-            UsageError: an unknown hyper-parameter.
+            UsageError: an unknown hyper-parameter, engine or kind of memory.
         """
         self.bundle = bundle
         self._manifest = bundle.manifest
         self._codec_inputs: CodecInputs | None = None
-        self._runtime = make_runtime(bundle, engine)
+        self._runtime = make_runtime(bundle, engine, memory)
         self._seed = seed
         self.hyper = dict(self._manifest.optimizer.scalars)
         unknown = set(hyper or {}) - set(self.hyper)

@@ -142,6 +142,7 @@ class FakeSession:
         engine: str = "auto",
         hyper: Mapping[str, float] | None = None,
         seed: int = 0,
+        memory: str = "lean",
         on_step: Callable[[FakeSession], None] | None = None,
         loss_is_nan: bool = True,
     ) -> None:
