@@ -43,9 +43,9 @@ class Subject:
 
 
 SUBJECTS = (
-    Subject("digits_resnet", (1, 16, 16), 6, ("dense", "hosvd", "int8")),
-    Subject("awkward_convs", (3, 16, 16), 4, ("hosvd",)),
-    Subject("MCUNet", (3, 32, 32), 4, ("hosvd",)),
+    Subject("digits_resnet", (1, 16, 16), 4, ("dense", "hosvd", "int8")),
+    Subject("awkward_convs", (3, 16, 16), 3, ("hosvd",)),
+    Subject("MCUNet", (3, 32, 32), 3, ("hosvd",)),
 )
 
 

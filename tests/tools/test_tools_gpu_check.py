@@ -57,10 +57,14 @@ def test_a_model_that_lacks_a_trained_tensor_is_no_rival(folder: Path, tmp_path:
         gpu_check_worker.pytorch(tmp_path, "cpu", *batch_in(folder), 0.0)
 
 
-def test_a_worker_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_worker_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_check, "WORKER", tmp_path / "worker.py")
+    gpu_check.WORKER.write_text("import sys\nprint('{\"seconds\": [1.0]}' if sys.argv[2] == 'pytorch' else 1 / 0)\n")
+    assert gpu_check.run_worker(tmp_path, "pytorch", "cpu", 0.0, 60.0) == {"seconds": [1.0]}
     found = gpu_check.run_worker(tmp_path, "torch/dense", "cpu", 0.0, 60.0)
-    assert "batch.npz" in found["failure"]
-    assert gpu_check.run_worker(tmp_path, "torch/dense", "cpu", 0.0, 0.01) == {"failure": "not done within 0 s"}
+    assert found == {"failure": "ZeroDivisionError: division by zero"}
+    gpu_check.WORKER.write_text("import time\ntime.sleep(60)\n")
+    assert gpu_check.run_worker(tmp_path, "torch/dense", "cpu", 0.0, 0.1) == {"failure": "not done within 0 s"}
 
 
 def test_gradients_are_compared_and_what_is_late_or_unknown_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
