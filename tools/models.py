@@ -46,6 +46,14 @@ def mobilenet_v2(seed: int = 0) -> nn.Module:
     return _randomised(_seeded(_MobileNetV2, seed), seed)
 
 
+def mcunet(seed: int = 0) -> nn.Module:
+    """Return a network in the style of MCUNet for 3 x 160 x 160 and 1000 classes: inverted residuals, narrow at first, with
+    depthwise kernels of 3, 5 and 7 in no regular order, as Lin et al., "MCUNet: Tiny Deep Learning on IoT Devices", 2020,
+    searched them for a microcontroller. The widths and kernels are ours: the published ones are in no paper.
+    """
+    return _randomised(_seeded(_MCUNet, seed), seed)
+
+
 def digits_resnet(seed: int = 0) -> nn.Module:
     """Return the demonstration's small residual network for 1 x 8 x 8 to 1 x 16 x 16 digits: 174,970 parameters.
 
@@ -65,10 +73,22 @@ def awkward_convs(seed: int = 0) -> nn.Module:
     return _randomised(_seeded(_AwkwardConvs, seed), seed)
 
 
+def plain_norms(model: nn.Module) -> nn.Module:
+    """Set every batch-norm and every bias to the usual start of a training; return the same model."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.reset_parameters()
+            elif isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+                module.bias.zero_()
+    return model
+
+
 _INPUT_SHAPES = {
     "resnet18": (3, 224, 224),
     "resnet34": (3, 224, 224),
     "mobilenet_v2": (3, 224, 224),
+    "mcunet": (3, 160, 160),
     "digits_resnet": (1, _digits.SIZE, _digits.SIZE),
     "awkward_convs": (3, 24, 20),
 }
@@ -124,12 +144,12 @@ def _conv_bn_relu6(inputs: int, outputs: int, kernel: int, stride: int = 1, grou
 class _InvertedResidual(nn.Module):
     """Expand by 1 x 1, filter depthwise, project without a non-linearity; add the input where the shapes agree."""
 
-    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int) -> None:
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int, kernel: int = 3) -> None:
         super().__init__()
         hidden = inputs * expansion
         layers: list[nn.Module] = [_conv_bn_relu6(inputs, hidden, 1)] if expansion != 1 else []
         layers += [
-            _conv_bn_relu6(hidden, hidden, 3, stride, groups=hidden),
+            _conv_bn_relu6(hidden, hidden, kernel, stride, groups=hidden),
             nn.Conv2d(hidden, outputs, 1, bias=False),
             nn.BatchNorm2d(outputs),
         ]
@@ -159,6 +179,32 @@ class _MobileNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = functional.adaptive_avg_pool2d(self.features(x), 1)
+        result: Tensor = self.classifier(torch.flatten(x, 1))
+        return result
+
+
+class _MCUNet(nn.Module):
+    # (depthwise kernel, expansion, channels, stride) of every block.
+    BLOCKS = (
+        (3, 1, 8, 1),
+        (7, 3, 16, 2), (3, 5, 16, 1), (5, 5, 16, 1),
+        (7, 5, 24, 2), (5, 4, 24, 1), (5, 5, 24, 1),
+        (5, 5, 40, 2), (7, 5, 40, 1), (7, 4, 40, 1), (3, 5, 48, 1), (5, 4, 48, 1),
+        (5, 5, 96, 2), (7, 4, 96, 1), (5, 5, 96, 1), (7, 5, 160, 1),
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = _conv_bn_relu6(3, 16, 3, stride=2)
+        blocks, inputs = list[nn.Module](), 16
+        for kernel, expansion, outputs, stride in self.BLOCKS:
+            blocks.append(_InvertedResidual(inputs, outputs, stride, expansion, kernel))
+            inputs = outputs
+        self.blocks = nn.Sequential(*blocks)
+        self.classifier = nn.Linear(inputs, 1000)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.adaptive_avg_pool2d(self.blocks(self.stem(x)), 1)
         result: Tensor = self.classifier(torch.flatten(x, 1))
         return result
 

@@ -1,0 +1,223 @@
+"""What the contenders train: five models and pictures of glyphs before photographs.
+
+No download. A picture is a random crop of one of scikit-learn's two photographs, with a letter or a digit of the font that
+Pillow ships drawn over it. The models learned to name the glyph (the U-Net: to find its pixels) for a few hundred steps on
+smaller pictures, then the statistics of their batch-norms were measured on pictures of the full size: no state of the
+art, but activations with the decaying spectra of a trained network. Knows torch, Pillow and scikit-learn.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from edgetune.bundle import Array
+from edgetune.commands import _digits
+from tools import models
+from tools.codec_subjects import MEAN, STD
+from tools.zoo import plain
+
+GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+_ADAPT_BATCH, _ADAPT_BATCHES = 16, 8
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model and how it was trained.
+
+    Attributes:
+        side: of the pictures that contenders see; ``train_side`` of those it learned from.
+        steps, batch, rate: of its training with AdamW (one cycle).
+        segments: whether every pixel has a class (0: photograph; 1, 2: digit, letter), or the picture as a whole.
+        blocks: a regular expression: the modules that activation checkpointing recomputes one at a time.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    side: int
+    train_side: int
+    steps: int
+    blocks: str
+    batch: int = 32
+    rate: float = 1e-3
+    segments: bool = False
+
+    def draw(self, count: int, seed: int, side: int | None = None) -> tuple[Array, Array]:
+        """Return ``count`` pictures [b, 3, side, side] and their targets, [b] or [b, side, side], int64."""
+        x, which, mask = pictures(count, side or self.side, seed)
+        if not self.segments:
+            return x, which
+        kind = np.where(which < 10, 1, 2).astype(np.int64)
+        return x, mask * kind[:, None, None]
+
+    def model(self, cache: Path) -> nn.Module:
+        """Return the trained model in evaluation mode; train it first if ``cache`` does not hold its weights."""
+        from safetensors.torch import load_file
+
+        file = cache / f"{self.name}-{self.steps}x{self.batch}-{self.train_side}-{self.side}.safetensors"
+        model = _seeded(self.make)
+        if not file.exists():
+            self._train(model, file)
+        model.load_state_dict(load_file(file))
+        return model.eval()
+
+    def _train(self, model: nn.Module, file: Path) -> None:
+        from safetensors.torch import save_file
+
+        begin = time.perf_counter()
+        side = self.train_side
+        optimizer = torch.optim.AdamW(model.parameters(), lr=self.rate)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.rate, total_steps=self.steps, pct_start=0.1)
+        model.train()
+        for step in range(self.steps):
+            x, y = (torch.from_numpy(array) for array in self.draw(self.batch, 10_000 + step, side))
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(scores_of(model(x)), y)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            if step % 50 == 49:
+                seconds = time.perf_counter() - begin
+                print(f"{self.name}: step {step + 1}, loss {loss:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True)
+        self._measure_norms(model)
+        accuracy = self.accuracy(model.eval())
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_suffix(".part")
+        state = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
+        save_file(state, partial, {"accuracy": f"{accuracy:.4f}", "loss": f"{float(loss):.4f}"})
+        partial.rename(file)
+        print(f"{self.name}: {accuracy:.1%} right, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+
+    def _measure_norms(self, model: nn.Module) -> None:
+        """Set the statistics of every batch-norm to those of full-size pictures."""
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            return
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the mean over all batches
+        with torch.no_grad():
+            for index in range(_ADAPT_BATCHES):
+                model(torch.from_numpy(self.draw(_ADAPT_BATCH, 20_000 + index)[0]))
+
+    def accuracy(self, model: nn.Module) -> float:
+        """Return the share of right answers (pixels) on full-size pictures that the model has not seen."""
+        right = []
+        with torch.inference_mode():
+            for index in range(4):
+                x, y = (torch.from_numpy(array) for array in self.draw(32, 30_000 + index))
+                right.append(float((scores_of(model(x)).argmax(1) == y).float().mean()))
+        return float(np.mean(right))
+
+    def training(self, cache: Path) -> dict[str, Any]:
+        """Return what is known of the training whose weights are in ``cache``."""
+        file = cache / f"{self.name}-{self.steps}x{self.batch}-{self.train_side}-{self.side}.safetensors"
+        with file.open("rb") as stream:
+            head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+        told = {key: float(value) for key, value in head["__metadata__"].items()}
+        return {"steps": self.steps, "batch": self.batch, "train_side": self.train_side, **told}
+
+
+def scores_of(output: Any) -> torch.Tensor:
+    """Return a model's first output: transformers wrap theirs."""
+    found: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
+    return found
+
+
+def pictures(count: int, side: int, seed: int) -> tuple[Array, Array, Array]:
+    """Return ``count`` pictures [b, 3, side, side], normalised as ImageNet is, the glyph's place in ``GLYPHS`` [b], and
+    where it lies [b, side, side] (int64, 0 or 1)."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    rng = np.random.default_rng(seed)
+    photographs = [Image.fromarray(image) for image in _photographs()]
+    x, which = np.empty((count, 3, side, side), np.float32), np.empty(count, np.int64)
+    masks = np.empty((count, side, side), np.int64)
+    for i in range(count):
+        photograph = photographs[int(rng.integers(len(photographs)))]
+        extent = int(rng.integers(160, 400))
+        left, top = (int(rng.integers(full - extent + 1)) for full in photograph.size)
+        box = (left, top, left + extent, top + extent)
+        picture = photograph.resize((side, side), Image.Resampling.BILINEAR, box)
+        which[i] = rng.integers(len(GLYPHS))
+        font = ImageFont.load_default(side * float(rng.uniform(0.4, 0.8)))
+        mask = Image.new("L", (side, side))
+        place = tuple(side * float(v) for v in rng.uniform(0.35, 0.65, 2))
+        ImageDraw.Draw(mask).text(place, GLYPHS[which[i]], fill=255, font=font, anchor="mm")
+        mask = mask.rotate(float(rng.uniform(-25, 25)), Image.Resampling.BILINEAR)
+        picture.paste(Image.new("RGB", (side, side), tuple(int(v) for v in rng.integers(0, 256, 3))), mask=mask)
+        values = np.asarray(picture, np.float32) / 255.0 * float(rng.uniform(0.6, 1.0))
+        x[i] = ((values - MEAN) / STD).transpose(2, 0, 1)
+        masks[i] = np.asarray(mask) > 127
+    return x, which, masks
+
+
+@functools.cache
+def _photographs() -> tuple[Array, ...]:
+    from sklearn.datasets import load_sample_images
+
+    return tuple(load_sample_images().images)
+
+
+def vit_tiny() -> Any:
+    """Return a vision transformer of the width of ViT-Ti (192, three heads, patches of 16) and six layers, not 12."""
+    import transformers
+
+    settings: dict[str, Any] = {
+        "image_size": 224, "patch_size": 16, "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3,
+        "intermediate_size": 768, "num_labels": 1000,
+    }  # fmt: skip
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**settings))
+
+
+def unet() -> nn.Module:
+    """Return a U-Net of two levels, 16, 32 and 64 channels wide, for three classes."""
+    return plain.UNet(2, 3, channels=3, widths=(16, 32, 64))
+
+
+def tiny() -> nn.Module:
+    """Return a residual network of 8 and 16 channels for the tests of this tool."""
+    widths, blocks = (8, 16, 16), (1, 1, 1)
+    return _digits.residual_network(channels=3, widths=widths, blocks=blocks, classes=36, small_input=True, seed=0)
+
+
+def _seeded(make: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return make()
+
+
+def _resnet18() -> nn.Module:
+    return models.plain_norms(models.resnet18())
+
+
+def _mobilenet_v2() -> nn.Module:
+    return models.plain_norms(models.mobilenet_v2())
+
+
+def _mcunet() -> nn.Module:
+    return models.plain_norms(models.mcunet())
+
+
+SUBJECTS = {
+    subject.name: subject
+    for subject in (
+        Subject("resnet18", _resnet18, 224, 64, 300, r"layer\d\.\d"),
+        Subject("mobilenet_v2", _mobilenet_v2, 224, 64, 400, r"features\.\d+"),
+        Subject("mcunet", _mcunet, 160, 64, 500, r"blocks\.\d+"),
+        Subject("vit", vit_tiny, 224, 224, 200, r"vit\.layers\.\d+", batch=16, rate=5e-4),
+        Subject("unet", unet, 128, 64, 300, r"down\d|bottom|up\d|merge\d", segments=True),
+        Subject("tiny", tiny, 32, 32, 4, r"layer\d\.\d", batch=8),
+    )
+}
