@@ -47,9 +47,11 @@ def mobilenet_v2(seed: int = 0) -> nn.Module:
 
 
 def mcunet(seed: int = 0) -> nn.Module:
-    """Return a network in the style of MCUNet for 3 x 160 x 160 and 1000 classes: inverted residuals, narrow at first, with
-    depthwise kernels of 3, 5 and 7 in no regular order, as Lin et al., "MCUNet: Tiny Deep Learning on IoT Devices", 2020,
-    searched them for a microcontroller. The widths and kernels are ours: the published ones are in no paper.
+    """Return a network in the style of MCUNet for 3 x 160 x 160 and 1000 classes: 16 inverted residuals, narrow at
+    first, with depthwise kernels of 3, 5 and 7 in no regular order.
+
+    Lin et al., "MCUNet: Tiny Deep Learning on IoT Devices", 2020, searched such networks for a microcontroller; the
+    widths and kernels here are our own.
     """
     return _randomised(_seeded(_MCUNet, seed), seed)
 

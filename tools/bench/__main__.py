@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tools.bench import __doc__ as about
 from tools.bench.grid import CONTENDERS, MODELS, PRESETS, Cell, side_of
+from tools.bench.report import write
 from tools.bench.run import Effort, Store, measure
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--side", type=int, help="of the pictures; default: the model's own")
     parser.add_argument("--epsilon", type=float, action="append", help="may be repeated (0.9)")
     parser.add_argument("--contender", action="append", help=f"may be repeated; default: {', '.join(CONTENDERS)}")
+    parser.add_argument("--growth", action="store_true", help="the same as --preset growth")
     parser.add_argument("--cache", type=Path, default=ROOT / ".bench", help="trained weights, and figures (.bench)")
     parser.add_argument("--json", type=Path, help="the figures (CACHE/bench.json)")
     parser.add_argument("--markdown", type=Path, help="write the page here, and its plots beside it")
@@ -44,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 for epsilon in args.epsilon or (0.9,):
                     cell = Cell(model, args.side or side_of(model), last, batch, epsilon)
                     jobs.append((cell, tuple(args.contender or CONTENDERS)))
+    if args.growth:
+        jobs += PRESETS["growth"]()
     store = Store(args.json or args.cache / "bench.json")
     effort = Effort(args.rounds, max(Effort.most, args.rounds), args.seconds)
     begin = time.perf_counter()
@@ -58,6 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             store.add(cell, found)
             print(f"  {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
+    if args.markdown:
+        write(store.data, args.markdown)
     return 0
 
 

@@ -47,4 +47,24 @@ def main() -> list[Job]:
     return [*quick(), *_cells(FULL, ("4",), (8, 64), CONTENDERS), *swept]
 
 
-PRESETS: dict[str, Callable[[], list[Job]]] = {"quick": quick, "main": main}
+GROWTH = ("pytorch", "onnxruntime/hosvd", "torch/hosvd")
+GROWTH_MODELS = ("resnet18", "mobilenet_v2")
+GROWTH_BATCH = 32
+
+
+def growth() -> list[Job]:
+    """One axis at a time around a batch of 32, N = 4, ε = 0.9: batch, resolution, layers, ε (and with it the ranks)."""
+    jobs: dict[str, Job] = {}
+    for model in GROWTH_MODELS:
+        side = SIDES[model]
+        cells = [
+            *(Cell(model, side, "4", batch) for batch in (8, 16, 32, 64, 128)),
+            *(Cell(model, pixels, "4", GROWTH_BATCH) for pixels in (96, 128, 160, 192, 224)),
+            *(Cell(model, side, last, GROWTH_BATCH) for last in ("2", "4", "8", "12", "16")),
+            *(Cell(model, side, "4", GROWTH_BATCH, epsilon) for epsilon in (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)),
+        ]
+        jobs |= {cell.key: (cell, GROWTH) for cell in cells}
+    return list(jobs.values())
+
+
+PRESETS: dict[str, Callable[[], list[Job]]] = {"quick": quick, "main": main, "growth": growth}

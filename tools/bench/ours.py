@@ -100,8 +100,8 @@ class Ours:
         return {"loss": loss, "energy": energy, "ranks": ranks, "kept": kept}
 
     def saved(self) -> dict[str, Any]:
-        """Return the bytes that wait for the backward pass, as planned: everything, masks and indices included, and those
-        of the layers' inputs alone."""
+        """Return the bytes that wait for the backward pass, as planned: everything, masks and indices included, and
+        those of the layers' inputs alone."""
         found: dict[str, Any] = json.loads((self._folder / "bundle.json").read_text())["saved"]
         return found
 
@@ -152,7 +152,7 @@ def codec_folder(codec: str) -> str:
 
 
 def by_phase(nodes: Sequence[Node], seconds: Mapping[str, float], outputs: Sequence[str]) -> dict[str, float]:
-    """Return the sums over ``nodes``, which stand in the order of execution; ``outputs`` are those of the train graph."""
+    """Return the sums over ``nodes``, in the order of execution; ``outputs`` are those of the train graph."""
     needed = {name for name in outputs if name in ("loss", "correct")}
     forward = set()
     for index in range(len(nodes) - 1, -1, -1):

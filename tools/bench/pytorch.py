@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,6 @@ from tools.bench import rivals
 from tools.bench.processes import peak_of, processor_seconds, settle
 from tools.bench.subjects import SUBJECTS
 from tools.bench.tails import Tail
-
-NAMES = (
-    "pytorch", "pytorch-checkpoint", "pytorch-hosvd", "pytorch-asi", "pytorch-filter-r2", "pytorch-filter-r4", "pytorch-bf16",
-)  # fmt: skip
 
 
 class PyTorch:
@@ -112,8 +108,6 @@ class PyTorch:
         """Return the peak of a step, see ``peak_of``."""
         held = self._features[0]
         with contextlib.ExitStack() as stack:
-            import tempfile
-
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             np.savez(scratch / "features.npz", *held)
             self._features[0] = []
@@ -135,7 +129,9 @@ class PyTorch:
         loss = self._loss(self._given(), self._targets[0])
         self._watch.looking = False
         loss.backward()  # type: ignore[no-untyped-call]
-        made = {name: value.grad.float().numpy() for name, value in self._tail.parameters.items() if value.grad is not None}
+        made = {
+            name: value.grad.float().numpy() for name, value in self._tail.parameters.items() if value.grad is not None
+        }
         np.savez(file, **made)
         self._optimizer.zero_grad()
         return {"loss": loss.item(), "energy": dict(self._watch.energies), "shapes": dict(self._watch.shapes)}
@@ -161,7 +157,7 @@ class PyTorch:
         return {"saved": sum(found.values())}
 
     def held(self) -> dict[str, Any]:
-        """Return what the allocator says is in use after the forward pass, above the targets and what is always there."""
+        """Return what the allocator has in use after the forward pass, above the targets and what is always there."""
         from tools.codec_memory import in_use_bytes
 
         def forward() -> int:
@@ -179,9 +175,3 @@ class PyTorch:
     def phases(self) -> dict[str, float]:
         """Nothing: every step tells its phases itself."""
         return {}
-
-
-def contender(cell: Path, name: str, threads: int) -> Any:
-    """Return the contender ``name``: one of ``NAMES``, or ``ENGINE/CODEC``."""
-    make: Callable[..., Any] = PyTorch
-    return make(cell, name, threads)

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from tools.bench.targets import ORT_TRAINING, REFERENCE
+
 ROOT = Path(__file__).resolve().parents[2]
-REFERENCE = "pytorch"
-ORT_TRAINING = "ort-training"
 _PAUSE_SECONDS = 0.02
 _SLOW_SECONDS = 20.0
 
@@ -144,9 +144,7 @@ def _timed(workers: Sequence[Worker], effort: Effort) -> dict[str, dict[str, Any
             made = worker.ask("step")
             if "error" in made:
                 errors[worker.name] = made["error"]
-            elif rounds:  # the first brings code and tables into memory
-                steps[worker.name].append(made)
-            elif made["step"] > _SLOW_SECONDS:
+            elif rounds or made["step"] > _SLOW_SECONDS:  # the first brings code and tables into memory
                 steps[worker.name].append(made)
         rounds += 1
     found: dict[str, dict[str, Any]] = {}
@@ -258,8 +256,8 @@ def machine() -> str:
             told.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             continue
-    cores = len(os.sched_getaffinity(0))
-    return f"EdgeTune {edgetune.__version__}, {', '.join(told)}, Python {platform.python_version()}, {cores} cores of {cpu}"
+    cores, python = len(os.sched_getaffinity(0)), platform.python_version()
+    return f"EdgeTune {edgetune.__version__}, {', '.join(told)}, Python {python}, {cores} cores of {cpu}"
 
 
 class Store:

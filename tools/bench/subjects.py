@@ -1,9 +1,10 @@
-"""What the contenders train: five models and pictures of glyphs before photographs.
+"""What the contenders train: five models and pictures of digits before photographs.
 
-No download. A picture is a random crop of one of scikit-learn's two photographs, with a letter or a digit of the font that
-Pillow ships drawn over it. The models learned to name the glyph (the U-Net: to find its pixels) for a few hundred steps on
-smaller pictures, then the statistics of their batch-norms were measured on pictures of the full size: no state of the
-art, but activations with the decaying spectra of a trained network. Knows torch, Pillow and scikit-learn.
+No download. A picture is a random crop of one of scikit-learn's two photographs, with a digit of the font that Pillow
+ships drawn over it. The models learned to name digit and photograph (the U-Net: to find the digit's pixels) for some
+hundred steps on smaller pictures, then the statistics of their batch-norms were measured on pictures of the full size:
+no state of the art, but activations with the decaying spectra of a trained network. Knows torch, Pillow and
+scikit-learn.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tools import models
 from tools.codec_subjects import MEAN, STD
 from tools.zoo import plain
 
-GLYPHS = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+GLYPHS = "0123456789"
 _ADAPT_BATCH, _ADAPT_BATCHES = 16, 8
 
 
@@ -39,7 +40,7 @@ class Subject:
     Attributes:
         side: of the pictures that contenders see; ``train_side`` of those it learned from.
         steps, batch, rate: of its training with AdamW (one cycle).
-        segments: whether every pixel has a class (0: photograph; 1, 2: digit, letter), or the picture as a whole.
+        segments: whether every pixel has a class (0: photograph; 1: a digit below 5; 2: another), or the picture.
         blocks: a regular expression: the modules that activation checkpointing recomputes one at a time.
     """
 
@@ -58,7 +59,7 @@ class Subject:
         x, which, mask = pictures(count, side or self.side, seed)
         if not self.segments:
             return x, which
-        kind = np.where(which < 10, 1, 2).astype(np.int64)
+        kind = np.where(which % len(GLYPHS) < 5, 1, 2).astype(np.int64)
         return x, mask * kind[:, None, None]
 
     def model(self, cache: Path) -> nn.Module:
@@ -78,7 +79,9 @@ class Subject:
         begin = time.perf_counter()
         side = self.train_side
         optimizer = torch.optim.AdamW(model.parameters(), lr=self.rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=self.rate, total_steps=self.steps, pct_start=0.1)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(
+            optimizer, max_lr=self.rate, total_steps=self.steps, pct_start=0.1
+        )
         model.train()
         for step in range(self.steps):
             x, y = (torch.from_numpy(array) for array in self.draw(self.batch, 10_000 + step, side))
@@ -136,8 +139,8 @@ def scores_of(output: Any) -> torch.Tensor:
 
 
 def pictures(count: int, side: int, seed: int) -> tuple[Array, Array, Array]:
-    """Return ``count`` pictures [b, 3, side, side], normalised as ImageNet is, the glyph's place in ``GLYPHS`` [b], and
-    where it lies [b, side, side] (int64, 0 or 1)."""
+    """Return ``count`` pictures [b, 3, side, side], normalised as ImageNet is, the digit, plus ten for the second
+    photograph [b], and where it lies [b, side, side] (int64, 0 or 1)."""
     from PIL import Image, ImageDraw, ImageFont
 
     rng = np.random.default_rng(seed)
@@ -145,18 +148,19 @@ def pictures(count: int, side: int, seed: int) -> tuple[Array, Array, Array]:
     x, which = np.empty((count, 3, side, side), np.float32), np.empty(count, np.int64)
     masks = np.empty((count, side, side), np.int64)
     for i in range(count):
-        photograph = photographs[int(rng.integers(len(photographs)))]
+        source, digit = int(rng.integers(len(photographs))), int(rng.integers(len(GLYPHS)))
+        which[i] = source * len(GLYPHS) + digit
         extent = int(rng.integers(160, 400))
-        left, top = (int(rng.integers(full - extent + 1)) for full in photograph.size)
+        left, top = (int(rng.integers(full - extent + 1)) for full in photographs[source].size)
         box = (left, top, left + extent, top + extent)
-        picture = photograph.resize((side, side), Image.Resampling.BILINEAR, box)
-        which[i] = rng.integers(len(GLYPHS))
-        font = ImageFont.load_default(side * float(rng.uniform(0.4, 0.8)))
+        picture = photographs[source].resize((side, side), Image.Resampling.BILINEAR, box)
+        font = ImageFont.load_default(side * float(rng.uniform(0.6, 0.9)))
         mask = Image.new("L", (side, side))
-        place = tuple(side * float(v) for v in rng.uniform(0.35, 0.65, 2))
-        ImageDraw.Draw(mask).text(place, GLYPHS[which[i]], fill=255, font=font, anchor="mm")
-        mask = mask.rotate(float(rng.uniform(-25, 25)), Image.Resampling.BILINEAR)
-        picture.paste(Image.new("RGB", (side, side), tuple(int(v) for v in rng.integers(0, 256, 3))), mask=mask)
+        place = tuple(side * float(v) for v in rng.uniform(0.4, 0.6, 2))
+        ImageDraw.Draw(mask).text(place, GLYPHS[digit], fill=255, font=font, anchor="mm")
+        mask = mask.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR)
+        paint = rng.integers(0, 80, 3) if rng.random() < 0.5 else rng.integers(176, 256, 3)
+        picture.paste(Image.new("RGB", (side, side), tuple(int(v) for v in paint)), mask=mask)
         values = np.asarray(picture, np.float32) / 255.0 * float(rng.uniform(0.6, 1.0))
         x[i] = ((values - MEAN) / STD).transpose(2, 0, 1)
         masks[i] = np.asarray(mask) > 127
@@ -213,11 +217,11 @@ def _mcunet() -> nn.Module:
 SUBJECTS = {
     subject.name: subject
     for subject in (
-        Subject("resnet18", _resnet18, 224, 64, 300, r"layer\d\.\d"),
-        Subject("mobilenet_v2", _mobilenet_v2, 224, 64, 400, r"features\.\d+"),
-        Subject("mcunet", _mcunet, 160, 64, 500, r"blocks\.\d+"),
-        Subject("vit", vit_tiny, 224, 224, 200, r"vit\.layers\.\d+", batch=16, rate=5e-4),
-        Subject("unet", unet, 128, 64, 300, r"down\d|bottom|up\d|merge\d", segments=True),
+        Subject("resnet18", _resnet18, 224, 64, 160, r"layer\d\.\d"),
+        Subject("mobilenet_v2", _mobilenet_v2, 224, 64, 200, r"features\.\d+"),
+        Subject("mcunet", _mcunet, 160, 64, 250, r"blocks\.\d+"),
+        Subject("vit", vit_tiny, 224, 224, 120, r"vit\.layers\.\d+", batch=16, rate=5e-4),
+        Subject("unet", unet, 128, 64, 200, r"down\d|bottom|up\d|merge\d", segments=True),
         Subject("tiny", tiny, 32, 32, 4, r"layer\d\.\d", batch=8),
     )
 }

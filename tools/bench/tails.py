@@ -115,7 +115,9 @@ class Tail:
             leaves = [step.name for step in steps if step.name not in gone]
             kept = [Step(**{**vars(step), "dies": ()}) for step in steps]
 
-            def again(*tensors: Tensor, names: list[str] = given, steps: list[Step] = kept, out: list[str] = leaves) -> Any:
+            def again(
+                *tensors: Tensor, names: list[str] = given, steps: list[Step] = kept, out: list[str] = leaves
+            ) -> Any:
                 inner = {**self._constants, **dict(zip(names, tensors, strict=True))}
                 _run(steps, inner)
                 return tuple(inner[name] for name in out)

@@ -2,8 +2,8 @@
 
     python -m tools.bench.worker CELL CONTENDER
 
-Each contender has a process of its own, because an engine sets the allocator of the whole process to its liking. Imports
-torch for a contender that is made of it, and for no other.
+Each contender has a process of its own, because an engine sets the allocator of the whole process to its liking.
+Imports torch for a contender that is made of it, and for no other.
 """
 
 from __future__ import annotations
