@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--epsilon", type=float, action="append", help="may be repeated (0.9)")
     parser.add_argument("--contender", action="append", help=f"may be repeated; default: {', '.join(CONTENDERS)}")
     parser.add_argument("--growth", action="store_true", help="the same as --preset growth")
-    parser.add_argument("--cache", type=Path, default=ROOT / ".bench", help="trained weights, and figures (.bench)")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "runs" / "bench", help="trained weights, and figures (runs/bench)"
+    )
     parser.add_argument("--json", type=Path, help="the figures (CACHE/bench.json)")
     parser.add_argument("--markdown", type=Path, help="write the page here, and its plots beside it")
     parser.add_argument("--ort-training", metavar="PYTHON", help="an interpreter that has onnxruntime-training")

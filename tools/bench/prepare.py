@@ -20,6 +20,7 @@ import numpy as np
 from edgetune.bundle import Array, Bundle, Manifest
 from edgetune.engines.session import TrainingSession
 from edgetune.export.bundling import ExportOptions, export_bundle
+from edgetune.export.ort_training import write_ort_training
 from edgetune.export.source import signatures_of
 from edgetune.planning.plan import Plan, make_plan
 from edgetune.planning.selection import default_selection, settle
@@ -28,6 +29,7 @@ from tools.bench.ours import FEATURES, codec_folder, crossing_bytes, write_plan
 from tools.bench.subjects import SUBJECTS
 
 Batch = tuple[list[Array], Array]
+ARTIFACTS, ARTIFACTS_FEATURES = "ort-training", "ort-training.npz"  # as ort_training.py reads them
 _ENGINE, _CALIBRATION_SAMPLES, _ROUNDS = "torch", 64, 5
 
 
@@ -35,7 +37,7 @@ def prepare(folder: Path) -> None:
     """Fill ``folder``; see the module."""
     told = json.loads((folder / "cell.json").read_text())
     subject = dataclasses.replace(SUBJECTS[told["model"]], side=told["side"])
-    batch, codecs = told["batch"], told["codecs"]
+    batch, codecs = told["batch"], [*told["codecs"], *(["dense"] if told["ort_training"] else [])]
     inputs = [subject.draw(batch, seed) for seed in (1, 2, 3)]
     for index, (x, y) in enumerate(inputs):
         np.savez(folder / f"batch-{index}.npz", x=x, y=y)
@@ -59,6 +61,8 @@ def prepare(folder: Path) -> None:
             told |= _known(bundle.manifest, plan, batch)
         if codec == "asi":
             _set_ranks(told["layers"], bundle.manifest, plan, batch)
+    if told["ort_training"]:
+        _write_artifacts(folder, bundles["dense"], inputs[0])
     told["training"] = SUBJECTS[told["model"]].training(Path(told["cache"]))
     (folder / "cell.json").write_text(json.dumps(told))
 
@@ -141,6 +145,17 @@ def _write(folder: Path, codec: str, bundle: Bundle, plan: Plan, batches: Sequen
     (place / "bundle.json").write_text(json.dumps({"path": str(bundle.path.resolve()), "saved": saved}))
     for index, (features, y) in enumerate(batches):
         np.savez(place / FEATURES.format(index), y, *features)
+
+
+def _write_artifacts(folder: Path, bundle: Bundle, batch: tuple[Array, Array]) -> None:
+    """Write what onnxruntime-training trains the tail of ``bundle`` with: a bundle whose inputs are the features."""
+    manifest = bundle.manifest
+    graphs = {name: graph for name, graph in manifest.graphs.items() if name != "trunk"}
+    tail = Bundle(bundle.path, dataclasses.replace(manifest, inputs=manifest.features, graphs=graphs))
+    plan = _plan(bundle, len(batch[1]), None, 1.0)
+    write_ort_training(tail, plan, folder / ARTIFACTS, hyper={"momentum": 0.0})  # its SGD has none
+    session = TrainingSession(bundle, plan, engine=_ENGINE, verify=False)
+    np.savez(folder / ARTIFACTS_FEATURES, batch[1], *session.features(batch[0]))
 
 
 def _known(manifest: Manifest, plan: Plan, batch: int) -> dict[str, Any]:

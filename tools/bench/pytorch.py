@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 from tools.bench import rivals
 from tools.bench.processes import peak_of, processor_seconds, settle
 from tools.bench.subjects import SUBJECTS
-from tools.bench.tails import Tail
+from tools.bench.tails import Tail, saved_bytes
 
 
 class PyTorch:
@@ -138,23 +137,9 @@ class PyTorch:
 
     def saved(self) -> dict[str, Any]:
         """Return the bytes of the storages that autograd holds after the forward pass, weights and buffers excluded."""
-        own = {value.untyped_storage().data_ptr() for value in self._frozen}
-        found: dict[int, int] = {}
-        alive = []
-
-        def pack(value: Tensor) -> Tensor:
-            storage = value.untyped_storage()
-            if storage.data_ptr() not in own:
-                found[storage.data_ptr()] = storage.nbytes()
-                alive.append(storage)  # so that no address is used twice
-            return value
-
-        with saved_tensors_hooks(pack, lambda value: value):
-            loss = self._loss(self._given(), self._targets[0])
         # the targets are there for the loss whatever is done to the rest
-        found.pop(self._targets[0].untyped_storage().data_ptr(), None)
-        del loss
-        return {"saved": sum(found.values())}
+        own = [*self._frozen, self._targets[0]]
+        return {"saved": saved_bytes(lambda: self._loss(self._given(), self._targets[0]), own)}
 
     def held(self) -> dict[str, Any]:
         """Return what the allocator has in use after the forward pass, above the targets and what is always there."""

@@ -184,8 +184,8 @@ _LEGEND = f"""\
 ## What the columns say
 
 Each contender has a fresh process of its own, with the allocator's settings of its own, and all cores. The processes
-live side by side; one does a step while the others sleep, in turn, so that the machine's mood meets all alike. A step is
-tail forward + backward + update, from features that the frozen trunk made before. It has the same layers, the same loss
+live side by side; one does a step while the others sleep, in turn, so that the machine's mood meets all alike. A step
+is tail forward + backward + update, from features that the frozen trunk made before. It has the same layers, the same loss
 and SGD with momentum for everyone. The learning rate is 0, so that all steps are alike.
 
 - **`{REFERENCE}`**: ordinary fine-tuning: autograd, batch-norm in evaluation mode, the frozen part under `no_grad`.
@@ -207,7 +207,8 @@ and SGD with momentum for everyone. The learning rate is 0, so that all steps ar
 - **peak**: the high-water mark of the process during a step (`VmHWM`, reset), above what was resident before the
   features were loaded and after free memory was given back. **process**: the same, of the whole process.
 - **error**: ‖dW̃ - dW‖ / ‖dW‖ of a layer's weight gradient against `{REFERENCE}` on the same batch, mean over the
-  layers without the head. **energy**: captured, mean over the compressed tensors. **ranks**: by mode, or the core's extents.
+  layers without the head. **energy**: captured, mean over the compressed tensors. **ranks**: by mode, or those of the
+  core.
 
 The models were trained for some hundred steps on digits before crops of photographs (`tools/bench/subjects.py`), at
 a smaller size than they are measured at:"""

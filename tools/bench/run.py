@@ -54,10 +54,13 @@ class Worker:
     """A contender's process."""
 
     def __init__(self, cell: Path, name: str, python: str = sys.executable) -> None:
-        module = ["-m", "tools.bench.worker"] if name != ORT_TRAINING else ["tools/bench/ort_training.py"]
         self.name = name
         self._process = subprocess.Popen(
-            [python, *module, str(cell), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+            [python, "-m", "tools.bench.worker", str(cell), name],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
         )
         self.error: str | None = None
         self.error = self._answer().get("error")

@@ -141,7 +141,7 @@ def scores_of(output: Any) -> torch.Tensor:
 def pictures(count: int, side: int, seed: int) -> tuple[Array, Array, Array]:
     """Return ``count`` pictures [b, 3, side, side], normalised as ImageNet is, the digit, plus ten for the second
     photograph [b], and where it lies [b, side, side] (int64, 0 or 1)."""
-    from PIL import Image, ImageDraw, ImageFont
+    from PIL import Image, ImageDraw
 
     rng = np.random.default_rng(seed)
     photographs = [Image.fromarray(image) for image in _photographs()]
@@ -154,7 +154,7 @@ def pictures(count: int, side: int, seed: int) -> tuple[Array, Array, Array]:
         left, top = (int(rng.integers(full - extent + 1)) for full in photographs[source].size)
         box = (left, top, left + extent, top + extent)
         picture = photographs[source].resize((side, side), Image.Resampling.BILINEAR, box)
-        font = ImageFont.load_default(side * float(rng.uniform(0.6, 0.9)))
+        font = _font(round(side * float(rng.uniform(0.6, 0.9))))
         mask = Image.new("L", (side, side))
         place = tuple(side * float(v) for v in rng.uniform(0.4, 0.6, 2))
         ImageDraw.Draw(mask).text(place, GLYPHS[digit], fill=255, font=font, anchor="mm")
@@ -165,6 +165,13 @@ def pictures(count: int, side: int, seed: int) -> tuple[Array, Array, Array]:
         x[i] = ((values - MEAN) / STD).transpose(2, 0, 1)
         masks[i] = np.asarray(mask) > 127
     return x, which, masks
+
+
+@functools.cache
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    return ImageFont.load_default(size)
 
 
 @functools.cache

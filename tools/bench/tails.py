@@ -8,12 +8,13 @@ kernels in the same order, and a tensor is let go when nothing reads it any more
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Node
 from torch.utils.checkpoint import checkpoint
 
@@ -137,6 +138,24 @@ class Tail:
             else:
                 found.append([step])
         return found
+
+
+def saved_bytes(forward: Callable[[], Tensor], own: Iterable[Tensor]) -> int:
+    """Return the bytes of the storages that autograd holds when ``forward()`` is done, those of ``own`` left out."""
+    known = {value.untyped_storage().data_ptr() for value in own}
+    found: dict[int, int] = {}
+    alive = []
+
+    def pack(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage.data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+            alive.append(storage)  # so that no address is used twice
+        return value
+
+    with saved_tensors_hooks(pack, lambda value: value):
+        forward()
+    return sum(found.values())
 
 
 def _run(steps: Sequence[Step], values: dict[str, Any], calls: Mapping[str, Call] | None = None) -> None:

@@ -14,9 +14,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tools.bench.targets import ORT_TRAINING
+
 
 def contender(cell: Path, name: str) -> Any:
     """Return the contender ``name``, ready for its first step."""
+    if name == ORT_TRAINING:
+        from tools.bench.ort_training import OrtTraining
+
+        return OrtTraining(cell)
     if "/" in name:
         from tools.bench.ours import Ours
 
