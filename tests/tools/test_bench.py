@@ -24,11 +24,8 @@ from tools.bench.prepare import prepare
 from tools.bench.pytorch import PyTorch
 from tools.bench.tails import Tail, saved_bytes
 
-TRAINED = [
-    "grouped.weight", "depthwise.weight", "gate.weight", "gate.bias", "dilated.weight", "strided.weight", "strided.bias",
-    "fc.weight", "fc.bias",
-]  # fmt: skip
-WEIGHTS = [name for name in TRAINED if name.endswith("weight") and not name.startswith("fc")]
+WEIGHTS = ["grouped.weight", "depthwise.weight", "gate.weight", "dilated.weight", "strided.weight"]
+TRAINED = [*WEIGHTS, "gate.bias", "strided.bias", "fc.weight", "fc.bias"]
 _SHELF = tempfile.TemporaryDirectory(prefix="edgetune-tests-")
 
 
@@ -59,7 +56,7 @@ class Everything(rivals.Asi):
     """ASI with full ranks, whatever the layer."""
 
     def __init__(self) -> None:
-        super().__init__({name: (1000,) * 4 for name in WEIGHTS})
+        super().__init__(dict.fromkeys(WEIGHTS, (1000,) * 4))
 
 
 @pytest.mark.parametrize("codec", [None, rivals.Hosvd(1.0), Everything()])
@@ -160,8 +157,8 @@ def cell() -> Path:
     folder = Path(_SHELF.name) / "cell"
     folder.mkdir()
     told = {
-        "model": "tiny", "side": 32, "last": "2", "batch": 8, "epsilon": 0.9, "codecs": ["hosvd", "dense", "asi"],
-        "cache": str(folder / "cache"), "bundles": str(folder / "bundles"), "ort_training": True,
+        "model": "tiny", "side": 32, "last": "2", "batch": 8, "epsilon": 0.9, "codecs": ["hosvd", "asi"],
+        "cache": str(folder / "cache"), "bundles": str(folder / "bundles"), "ort_training": False,
     }  # fmt: skip
     (folder / "cell.json").write_text(json.dumps(told))
     prepare(folder)
@@ -171,33 +168,35 @@ def cell() -> Path:
 def test_ours_and_pytorch_agree_in_a_cell_and_asi_captures_as_much_with_less(tmp_path: Path) -> None:
     told = json.loads((cell() / "cell.json").read_text())
     assert set(told["layers"]) == {"layer3.0.conv2.weight", "layer3.0.downsample.0.weight"}
-    torch_, dense, hosvd, asi = (
-        PyTorch(cell(), "pytorch", 1), *(ours.Ours(cell(), "onnxruntime", codec) for codec in ("dense", "hosvd", "asi"))
-    )  # fmt: skip
-    told_of = {name: one.gradients(str(tmp_path / f"{name}.npz")) for name, one in (("a", torch_), ("b", dense))}
-    assert told_of["a"]["loss"] == pytest.approx(told_of["b"]["loss"], rel=1e-5)
-    with np.load(tmp_path / "a.npz") as exact, np.load(tmp_path / "b.npz") as made:
-        assert set(exact.files) == set(made.files) == set(told["trained"])
-        for name in exact.files:
-            np.testing.assert_allclose(made[name], exact[name], rtol=1e-3, atol=1e-6)
-    energies = [one.gradients(str(tmp_path / "c.npz"))["energy"] for one in (hosvd, asi)]
-    for name, value in energies[0].items():
-        assert energies[1][name] == pytest.approx(value, abs=0.1)
-    assert hosvd.saved()["saved"] < dense.saved()["saved"] < torch_.saved()["saved"]
-    phases = hosvd.phases()
-    assert min(phases.values()) > 0 and hosvd.step()["step"] > 0
-    assert (cell() / "ort-training" / "training_model.onnx").exists()
+    exact, hosvd, asi = PyTorch(cell(), "pytorch", 1), *(ours.Ours(cell(), "onnxruntime", c) for c in ("hosvd", "asi"))
+    files = [str(tmp_path / f"{index}.npz") for index in range(3)]
+    found = [one.gradients(file) for one, file in zip((exact, hosvd, asi), files, strict=True)]
+    assert found[0]["loss"] == pytest.approx(found[1]["loss"], rel=1e-5)
+    with np.load(files[0]) as wanted, np.load(files[1]) as made:
+        assert set(wanted.files) == set(made.files) == set(told["trained"])
+        for name in wanted.files:
+            if name in told["layers"]:  # compressed
+                assert 0.01 < np.linalg.norm(made[name] - wanted[name]) / np.linalg.norm(wanted[name]) < 0.7
+            else:
+                np.testing.assert_allclose(made[name], wanted[name], rtol=1e-3, atol=1e-6)
+    for name, value in found[1]["energy"].items():
+        assert found[2]["energy"][name] == pytest.approx(value, abs=0.1)
+    assert 4 * hosvd.saved()["saved"] < exact.saved()["saved"]
+    assert exact.held()["held"] == pytest.approx(exact.saved()["saved"], rel=0.1)
+    phases, step = hosvd.phases(), exact.step()
+    assert min(phases.values()) > 0
+    assert sum(step[phase] for phase in report.PHASES) == pytest.approx(step["step"])
 
 
 def test_two_workers_in_turn_and_what_is_made_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "REFERENCE", "onnxruntime/dense")
-    names = ["onnxruntime/dense", "onnxruntime/hosvd"]
+    monkeypatch.setattr(run, "REFERENCE", "onnxruntime/hosvd")
+    names = ["onnxruntime/hosvd", "onnxruntime/asi"]
     workers = [run.Worker(cell(), name) for name in names]
     broken = run.Worker(cell(), "onnxruntime/none")
     try:
         assert [worker.error for worker in workers] == [None, None]
         assert broken.error is not None and "FileNotFoundError" in broken.error
-        found = run._timed(workers, run.Effort(least=2, most=3, seconds=0.01))
+        found = run._timed(workers, run.Effort(least=2, most=2, seconds=0.01))
         for worker in workers:
             found[worker.name] |= run._looked_at(worker, tmp_path)
             assert "error" in worker.ask("nonsense")
@@ -206,17 +205,16 @@ def test_two_workers_in_turn_and_what_is_made_of_it(tmp_path: Path, monkeypatch:
             worker.close()
     told = json.loads((cell() / "cell.json").read_text())
     run._compare(found, tmp_path, told)
-    dense, hosvd = (found[name] for name in names)
-    assert (
-        dense["ratio"] == 1.0 and hosvd["rounds"] == 2 and dense["error"]["total"] == 0.0 < hosvd["error"]["mean"] < 1
-    )
+    hosvd, asi = (found[name] for name in names)
+    assert hosvd["ratio"] == 1.0 and asi["rounds"] == 2 and asi["processor_ratio"] > 0
+    assert hosvd["error"]["total"] == 0.0 < asi["error"]["mean"] < 1
     parts = ("forward", "compress", "backward")
     assert sum(hosvd["seconds"][p] for p in parts) == pytest.approx(hosvd["seconds"]["train"])
     assert hosvd["seconds"]["trunk"] > 0 < hosvd["peak"]["peak"] < hosvd["peak"]["process"]
     place = run.Cell("tiny", 32, "2", 8)
     entry = {
         "cell": vars(place), "training": told["training"], "date": "2026-11-21T12:00:00", "load": [1.0, 2.0],
-        "contenders": {"pytorch": dense, **found, "pytorch-filter-r2": {"error": "out of \x3c luck"}},
+        "contenders": {"pytorch": asi, **found, "pytorch-filter-r2": {"error": "out of \x3c luck"}},
     }  # fmt: skip
     store = run.Store(tmp_path / "bench.json")
     assert store.missing(place, names) == names

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from tools.bench.subjects import SUBJECTS
 
 Batch = tuple[list[Array], Array]
 ARTIFACTS, ARTIFACTS_FEATURES = "ort-training", "ort-training.npz"  # as ort_training.py reads them
-_ENGINE, _CALIBRATION_SAMPLES, _ROUNDS = "torch", 64, 5
+_ENGINE, _CALIBRATION_SAMPLES, _ROUNDS = "onnxruntime", 64, 4
 
 
 def prepare(folder: Path) -> None:
@@ -109,10 +110,9 @@ def _energies(session: TrainingSession, plan: Plan, batches: Sequence[Batch]) ->
 
 
 def _matched(session: TrainingSession, plan: Plan, wanted: _Reference, batches: Sequence[Batch]) -> Plan:
-    """Return ``plan`` with the least ranks, in proportion to those of ``hosvd``, that capture as much energy.
+    """Return ``plan`` with ranks in proportion to those of ``hosvd`` that capture as much energy, as near as it gets.
 
-    Its factors follow the batches, so the same energy needs fewer of them. Every tensor's ranks are found by bisection
-    on a factor of its own, all at once: no error reaches another layer.
+    Every tensor's ranks are found by bisection on a factor of its own, all at once: no error reaches another layer.
     """
     manifest = session._manifest
     low = {spec.name: 0.0 for spec in manifest.saved}
@@ -127,14 +127,17 @@ def _matched(session: TrainingSession, plan: Plan, wanted: _Reference, batches: 
                 made.setdefault(spec.name, {})[mode.letter] = max(1, min(size, round(base * scale[spec.name])))
         return made
 
-    order = 2 * [*batches[1:], batches[0]]  # a sketch takes some steps to become a basis
-    for _ in range(_ROUNDS):
-        middle = {name: (low[name] + high[name]) / 2 for name in low}
+    order = [*batches[1:], *batches[1:], batches[0]]  # a sketch takes some steps to become a basis
+    best: dict[str, tuple[float, float]] = {}
+    for attempt in range(_ROUNDS):
+        middle = {name: (low[name] + high[name]) / 2 if attempt else 1.0 for name in low}
         found = _energies(session, dataclasses.replace(plan, ranks=ranks(middle)), order)
         for name, value in found.items():
-            side = high if value >= wanted.energy.get(name, 0.0) else low
-            side[name] = middle[name]
-    return dataclasses.replace(plan, ranks=ranks(high))
+            over = value - wanted.energy.get(name, 0.0)
+            best[name] = min(best.get(name, (math.inf, 1.0)), (abs(over), middle[name]))
+            (high if over >= 0 else low)[name] = middle[name]
+    scales = {name: best[name][1] if name in best else 1.0 for name in low}
+    return dataclasses.replace(plan, ranks=ranks(scales))
 
 
 def _write(folder: Path, codec: str, bundle: Bundle, plan: Plan, batches: Sequence[Batch]) -> None:

@@ -185,8 +185,8 @@ _LEGEND = f"""\
 
 Each contender has a fresh process of its own, with the allocator's settings of its own, and all cores. The processes
 live side by side; one does a step while the others sleep, in turn, so that the machine's mood meets all alike. A step
-is tail forward + backward + update, from features that the frozen trunk made before. It has the same layers, the same loss
-and SGD with momentum for everyone. The learning rate is 0, so that all steps are alike.
+is tail forward + backward + update, from features that the frozen trunk made before. It has the same layers, the same
+loss and SGD with momentum for everyone. The learning rate is 0, so that all steps are alike.
 
 - **`{REFERENCE}`**: ordinary fine-tuning: autograd, batch-norm in evaluation mode, the frozen part under `no_grad`.
   **`-checkpoint`**: each block of the model kept by its inputs and run again (`torch.utils.checkpoint`). **`-bf16`**:
@@ -194,8 +194,8 @@ and SGD with momentum for everyone. The learning rate is 0, so that all steps ar
   trained layer's input but the head's in every step. **`-asi`**: one warm subspace iteration per mode and step.
   **`-filter-r2`, `-r4`**: gradient filter, patches of 2 or 4. **`{ORT_TRAINING}`**: Microsoft's training API with the
   artifacts of `edgetune export --target ort-training`, of the tail alone. **`ENGINE/CODEC`**: EdgeTune.
-- **asi**, ours and theirs, has the least ranks, in proportion to those of `hosvd`, at which it captured the energy that
-  `hosvd` captured (found by bisection on batches in turn).
+- **asi**, ours and theirs, has ranks in proportion to those of `hosvd`, for each tensor such that it captures the energy
+  that `hosvd` captures, as near as whole ranks get (bisection, on batches in turn).
 - **trunk … update**: medians of seconds. EdgeTune's forward, compress and backward come from the time of every node in
   steps of their own, scaled to the median of the others. **compress** is what the forward pass does for the backward
   pass alone: encoders, masks of ReLU, measuring the captured energy.

@@ -185,7 +185,7 @@ class Asi(_Tucker):
             before = self._before.get((key, mode))
             if before is None or before.shape != (x.shape[mode], min(rank, x.shape[mode])):
                 generator = torch.Generator().manual_seed(mode)
-                before = torch.randn(x.shape[mode], min(rank, x.shape[mode]), generator=generator)
+                before = torch.randn(x.shape[mode], min(rank, x.shape[mode]), generator=generator, dtype=x.dtype)
             factor, _ = torch.linalg.qr(unfolding @ (unfolding.T @ before))
             self._before[key, mode] = factor
             factors.append(factor)

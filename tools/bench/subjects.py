@@ -98,7 +98,7 @@ class Subject:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(".part")
         state = {name: value.detach().clone().contiguous() for name, value in model.state_dict().items()}
-        save_file(state, partial, {"accuracy": f"{accuracy:.4f}", "loss": f"{float(loss):.4f}"})
+        save_file(state, partial, {"accuracy": f"{accuracy:.4f}", "loss": f"{loss.item():.4f}"})
         partial.rename(file)
         print(f"{self.name}: {accuracy:.1%} right, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
 
