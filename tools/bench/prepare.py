@@ -9,18 +9,21 @@ trunk's features, and what rivals must know: the names of what is trained, and A
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from edgetune.bundle import Array, Bundle, Manifest
 from edgetune.engines.session import TrainingSession
 from edgetune.export.bundling import ExportOptions, export_bundle
+from edgetune.export.capture import Captured, capture
 from edgetune.export.ort_training import write_ort_training
 from edgetune.export.source import signatures_of
 from edgetune.planning.plan import Plan, make_plan
@@ -43,7 +46,9 @@ def prepare(folder: Path) -> None:
     for index, (x, y) in enumerate(inputs):
         np.savez(folder / f"batch-{index}.npz", x=x, y=y)
     model = SUBJECTS[told["model"]].model(Path(told["cache"]))
-    bundles = {codec: _bundle(folder, told, model, codec, inputs[0][0]) for codec in dict.fromkeys(("hosvd", *codecs))}
+    signatures = signatures_of(inputs[0][0][:1])
+    make = functools.cache(lambda: capture(model, signatures))  # once for all codecs
+    bundles = {codec: _bundle(told, make, codec) for codec in dict.fromkeys(("hosvd", *codecs))}
     drawn = [subject.draw(min(batch, 32), 100 + i)[0] for i in range(-(-_CALIBRATION_SAMPLES // min(batch, 32)))]
     reference: _Reference | None = None
     for codec, bundle in bundles.items():
@@ -80,13 +85,15 @@ class _Reference:
         return _Reference(plan.ranks, _energies(session, plan, batches[:1]))
 
 
-def _bundle(folder: Path, told: Mapping[str, Any], model: Any, codec: str, x: Array) -> Bundle:
+def _bundle(told: Mapping[str, Any], captured: Callable[[], Captured], codec: str) -> Bundle:
     """Return the bundle of this model, exported once for all cells of a run."""
     place = Path(told["bundles"]) / f"{told['model']}-{told['side']}-{told['last']}-{codec_folder(codec)}"
     if (place / "manifest.json").exists():
         return Bundle.open(place)
     last = told["last"] if told["last"] == "all" else int(told["last"])
-    return export_bundle(model, place, ExportOptions(last=last, codec=codec), signatures_of(x[:1]))
+    own = onnx.ModelProto()
+    own.CopyFrom(captured().model)  # an export writes into it
+    return export_bundle(dataclasses.replace(captured(), model=own), place, ExportOptions(last=last, codec=codec))
 
 
 def _calibration(session: TrainingSession, bundle: Bundle, drawn: Sequence[Array]) -> Calibration | None:

@@ -194,8 +194,8 @@ loss and SGD with momentum for everyone. The learning rate is 0, so that all ste
   trained layer's input but the head's in every step. **`-asi`**: one warm subspace iteration per mode and step.
   **`-filter-r2`, `-r4`**: gradient filter, patches of 2 or 4. **`{ORT_TRAINING}`**: Microsoft's training API with the
   artifacts of `edgetune export --target ort-training`, of the tail alone. **`ENGINE/CODEC`**: EdgeTune.
-- **asi**, ours and theirs, has ranks in proportion to those of `hosvd`, for each tensor such that it captures the energy
-  that `hosvd` captures, as near as whole ranks get (bisection, on batches in turn).
+- **asi**, ours and theirs, has ranks in proportion to those of `hosvd`, for each tensor such that it captures the
+  energy that `hosvd` captures, as near as whole ranks get (bisection, on batches in turn).
 - **trunk … update**: medians of seconds. EdgeTune's forward, compress and backward come from the time of every node in
   steps of their own, scaled to the median of the others. **compress** is what the forward pass does for the backward
   pass alone: encoders, masks of ReLU, measuring the captured energy.
@@ -210,5 +210,5 @@ loss and SGD with momentum for everyone. The learning rate is 0, so that all ste
   layers without the head. **energy**: captured, mean over the compressed tensors. **ranks**: by mode, or those of the
   core.
 
-The models were trained for some hundred steps on digits before crops of photographs (`tools/bench/subjects.py`), at
+The models were trained for some hundred steps on digits drawn over crops of photographs (`tools/bench/subjects.py`), at
 a smaller size than they are measured at:"""

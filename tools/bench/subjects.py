@@ -154,11 +154,11 @@ def pictures(count: int, side: int, seed: int) -> tuple[Array, Array, Array]:
         left, top = (int(rng.integers(full - extent + 1)) for full in photographs[source].size)
         box = (left, top, left + extent, top + extent)
         picture = photographs[source].resize((side, side), Image.Resampling.BILINEAR, box)
-        font = _font(round(side * float(rng.uniform(0.6, 0.9))))
+        font = _font(round(side * float(rng.uniform(0.7, 0.95))))
         mask = Image.new("L", (side, side))
-        place = tuple(side * float(v) for v in rng.uniform(0.4, 0.6, 2))
+        place = tuple(side * float(v) for v in rng.uniform(0.45, 0.55, 2))
         ImageDraw.Draw(mask).text(place, GLYPHS[digit], fill=255, font=font, anchor="mm")
-        mask = mask.rotate(float(rng.uniform(-20, 20)), Image.Resampling.BILINEAR)
+        mask = mask.rotate(float(rng.uniform(-12, 12)), Image.Resampling.BILINEAR)
         paint = rng.integers(0, 80, 3) if rng.random() < 0.5 else rng.integers(176, 256, 3)
         picture.paste(Image.new("RGB", (side, side), tuple(int(v) for v in paint)), mask=mask)
         values = np.asarray(picture, np.float32) / 255.0 * float(rng.uniform(0.6, 1.0))
@@ -224,11 +224,11 @@ def _mcunet() -> nn.Module:
 SUBJECTS = {
     subject.name: subject
     for subject in (
-        Subject("resnet18", _resnet18, 224, 64, 160, r"layer\d\.\d"),
-        Subject("mobilenet_v2", _mobilenet_v2, 224, 64, 200, r"features\.\d+"),
-        Subject("mcunet", _mcunet, 160, 64, 250, r"blocks\.\d+"),
-        Subject("vit", vit_tiny, 224, 224, 120, r"vit\.layers\.\d+", batch=16, rate=5e-4),
-        Subject("unet", unet, 128, 64, 200, r"down\d|bottom|up\d|merge\d", segments=True),
+        Subject("resnet18", _resnet18, 224, 64, 800, r"layer\d\.\d"),
+        Subject("mobilenet_v2", _mobilenet_v2, 224, 64, 1000, r"features\.\d+"),
+        Subject("mcunet", _mcunet, 160, 64, 1000, r"blocks\.\d+"),
+        Subject("vit", vit_tiny, 224, 224, 400, r"vit\.layers\.\d+", batch=16, rate=5e-4),
+        Subject("unet", unet, 128, 64, 400, r"down\d|bottom|up\d|merge\d", segments=True),
         Subject("tiny", tiny, 32, 32, 4, r"layer\d\.\d", batch=8),
     )
 }
