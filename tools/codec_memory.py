@@ -78,7 +78,7 @@ def measure(folder: Path, plan_folder: Path, dense_folder: Path, engine: str, se
     bundle = Bundle.open(folder / "bundle")
     session = _session(bundle, plan_folder, engine)
     peak = _peak(session, folder)
-    _settle(session)
+    settle(session)
     resident = in_use_bytes()
     pair = [_session(bundle, dense_folder, engine), session]
     times: tuple[list[float], list[float]] = [], []
@@ -88,7 +88,7 @@ def measure(folder: Path, plan_folder: Path, dense_folder: Path, engine: str, se
             features, y = _load(folder)
             one.step_features(features, y)
             made.append(sum(one.report.seconds.values()))
-    held = _after_forward(session, folder)  # last, because it takes the session apart
+    held = after_forward(session, folder)  # last, because it takes the session apart
     # The first step of each brings code and tables into memory.
     return Memory(held, resident, peak, statistics.median(times[1][1:]), statistics.median(times[0][1:]))
 
@@ -106,7 +106,7 @@ def _load(folder: Path) -> tuple[list[Array], Array]:
     return features, y
 
 
-def _settle(session: TrainingSession) -> None:
+def settle(session: TrainingSession) -> None:
     gc.collect()
     session._runtime.settle()
     heap.trim()
@@ -116,7 +116,7 @@ def _peak(session: TrainingSession, folder: Path) -> int:
     """Return the most bytes above what is resident before the features are loaded, over whole steps."""
     meter, peaks = PeakMeter(), []
     for _ in range(2):
-        _settle(session)
+        settle(session)
         before = resident_bytes()
         features, y = _load(folder)
         meter.reset()
@@ -125,11 +125,11 @@ def _peak(session: TrainingSession, folder: Path) -> int:
     return peaks[-1]  # the first brings code and tables into memory
 
 
-def _after_forward(session: TrainingSession, folder: Path) -> int:
+def after_forward(session: TrainingSession, folder: Path) -> int:
     """Return how many bytes more are in use after the forward pass than with the targets alone in memory."""
     stop = {"onnxruntime": _stop_onnxruntime, "torch": _stop_torch}[session._runtime.name](session)
     stop(_load(folder), lambda: 0)  # what is made once, with the first run
-    _settle(session)
+    settle(session)
     given = _load(folder)
     before = in_use_bytes() - sum(feature.nbytes for feature in given[0])
     return stop(given, in_use_bytes) - before
