@@ -259,14 +259,17 @@ def _number(value: float | None) -> str:
 def svg(every: Sequence[Point], mix: str, title: str) -> str:
     """Return accuracy over the peak of a step as an SVG document; ``mix`` is the series drawn as a full line."""
     left, top, width, height = 70, 40, 560, 380
-    xs = [math.log2(p.peak_bytes / MIB) for p in every]
+
+    def scaled(p: Point) -> float:
+        return math.log2(max(p.peak_bytes, KIB) / MIB)
+
+    xs = [scaled(p) for p in every]
     low, high = math.floor(2 * min(xs)) / 2, max(math.ceil(2 * max(xs)) / 2, math.floor(2 * min(xs)) / 2 + 0.5)
     least = math.floor(20 * min(p.mean for p in every)) / 20
     most = max(math.ceil(20 * max(p.mean for p in every)) / 20, least + 0.05)
 
     def at(p: Point) -> tuple[float, float]:
-        x = (math.log2(p.peak_bytes / MIB) - low) / (high - low)
-        return left + width * x, top + height * (most - p.mean) / (most - least)
+        return left + width * (scaled(p) - low) / (high - low), top + height * (most - p.mean) / (most - least)
 
     def text(x: float, y: float, words: str, anchor: str = "middle", extra: str = "") -> str:
         return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(words)}</text>'
