@@ -128,13 +128,14 @@ class Study:
         name = "apart" if label == "hosvd-exact" else "menu"
         engine = "torch" if name == "apart" else "onnxruntime"
 
-        def arm(knob: str, **how: float) -> Arm:
+        def arm(knob: str, **how: Any) -> Arm:
             return Arm(label, knob, engine, name, self._plan(name, codec=label, **how))
 
-        if label in EPSILONS:
-            return [arm(f"ε = {epsilon}", epsilon=epsilon) for epsilon in EPSILONS[label]]
-        if label in RATES:
-            return [arm(f"λ = {rate}", rate=float(rate)) for rate in RATES[label]]
+        codec = label.split(":")[0]
+        if codec in EPSILONS:
+            return [arm(f"ε = {epsilon}", epsilon=epsilon) for epsilon in EPSILONS[codec]]
+        if codec in RATES:
+            return [arm(f"λ = {rate}", rate=float(rate)) for rate in RATES[codec]]
         return [arm("—", epsilon=1.0)]
 
     def _mixes(self) -> list[Arm]:

@@ -161,7 +161,7 @@ def _seen_badly(images: Array, rng: np.random.Generator) -> Array:
         turned.append(np.asarray(one.filter(ImageFilter.GaussianBlur(float(rng.uniform(0.5, 1.2))))))
     dark, contrast = rng.uniform(0, 40, (len(images), 1, 1)), rng.uniform(0.6, 0.85, (len(images), 1, 1))
     noisy = dark + contrast * np.stack(turned) + rng.normal(0, 12, images.shape)
-    return np.clip(np.round(noisy), 0, 255).astype(np.uint8)
+    return np.asarray(np.clip(np.round(noisy), 0, 255), np.uint8)
 
 
 def _draw(rng: np.random.Generator, pairs: Sequence[tuple[int, int]], count: int) -> Array:

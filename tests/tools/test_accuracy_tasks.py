@@ -52,7 +52,7 @@ def test_digits_are_split_without_leakage() -> None:
 
 def test_missing_fonts_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(accuracy_tasks, "_SYSTEM_FONTS", tmp_path)
-    monkeypatch.setattr(accuracy_tasks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="pip install matplotlib"):
         accuracy_tasks.found()
     (tmp_path / "DejaVuSans.ttf").write_bytes(b"")
