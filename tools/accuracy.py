@@ -166,8 +166,9 @@ of its stream standing for the test. No plan, rate or budget was chosen by what 
   high-water mark of a fresh process, reset for every step; the most of six steps, mean over the seeds.
 - **accuracy**: on held-out drifted data, mean and standard deviation over the seeds; **- dense**: difference in points,
   seed by seed, from dense on the same engine. **energy**: captured, of the worst tensor, mean over the steps.
-- The **planner's mix** is `--allocation per-layer` over a menu of all codecs but `hosvd-exact`: under an activation
-  budget (a share of dense), or under a budget for the process, between the least possible peak and that of dense.
+- The **planner's mix** is `--allocation per-layer` over a menu of all codecs but `hosvd-exact`: under a budget for
+  the process, between the least possible peak and that of dense, or, without `recompute`, under an activation budget (a
+  share of dense), which does not count what `recompute` starts from.
 - It is compared with each single codec at equal or less memory (1 % is equal). Of the mixes that small, the one with
   the least calibrated gradient error stands for all. *within noise*: below by less than twice the standard error.
 """

@@ -110,10 +110,15 @@ class Study:
         names = {parameter.name for parameter in self.bundles["menu"].manifest.parameters}
         self.autograd_bytes = autograd_bytes(model, names, x[:batch], y[:batch])
 
-    def _plan(self, name: str, *, runtime_bytes: int = 0, **how: Any) -> Plan:
+    def _plan(self, name: str, *, runtime_bytes: int = 0, without: str = "", **how: Any) -> Plan:
         # As edgetune.plan, which would measure the runtime anew for every plan.
+        manifest = self.bundles[name].manifest
+        saved = (
+            dataclasses.replace(spec, options=tuple(o for o in spec.options if o.codec != without))
+            for spec in manifest.saved
+        )
         return make_plan(
-            self.bundles[name].manifest, batch=self.batch, calibration=self.calibrations[name],
+            dataclasses.replace(manifest, saved=tuple(saved)), batch=self.batch, calibration=self.calibrations[name],
             runtime_bytes=runtime_bytes, reserve_bytes=RESERVE_BYTES, **how,
         )  # fmt: skip
 
@@ -142,23 +147,26 @@ class Study:
         dense = self._plan("menu", codec="dense", epsilon=1.0).dense_saved_bytes
         made: list[Arm] = []
 
-        def add(knob: str, **how: int) -> None:
-            try:
-                plan = self._plan("menu", allocation="per-layer", **how)
-            except BudgetError as error:
-                plan = self._plan("menu", allocation="per-layer", activation_budget_bytes=error.least_bytes)
+        def add(knob: str, plan: Plan) -> None:
             if all((arm.plan.selection, arm.plan.ranks) != (plan.selection, plan.ranks) for arm in made):
                 made.append(Arm(MIX, knob, "onnxruntime", "menu", plan))
 
         for share in SHARES:
-            add(f"saved ≤ 1/{share}", activation_budget_bytes=dense // share)
+            # What recompute starts from counts as nothing there, so it would be chosen for all at any such budget.
+            given: dict[str, Any] = {"allocation": "per-layer", "without": "recompute"}
+            try:
+                plan = self._plan("menu", activation_budget_bytes=dense // share, **given)
+            except BudgetError as error:
+                plan = self._plan("menu", activation_budget_bytes=error.least_bytes, **given)
+            add(f"saved ≤ 1/{share}", plan)
         if PEAKS:
             runtime = measure_runtime_apart(self.bundles["menu"], "onnxruntime")
             least = self._least(runtime)
             top = self._plan("menu", codec="dense", epsilon=1.0, runtime_bytes=runtime).predicted_peak_bytes
             for part in PEAKS:
                 budget = int(least + part * max(top + RESERVE_BYTES - least, 0))
-                add(f"peak at {part:.0%}", budget_bytes=budget, runtime_bytes=runtime)
+                made_for: dict[str, Any] = {"budget_bytes": budget, "runtime_bytes": runtime, "allocation": "per-layer"}
+                add(f"peak at {part:.0%}", self._plan("menu", **made_for))
         return made
 
     def _least(self, runtime: int) -> int:

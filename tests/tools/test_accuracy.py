@@ -55,7 +55,7 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy_tasks, "pretrained", tiny_network)
     monkeypatch.setattr(accuracy, "BATCH", 4)
     monkeypatch.setattr(accuracy, "LAST", 2)
-    monkeypatch.setattr(accuracy_study, "CODECS", ("int8", "dense"))
+    monkeypatch.setattr(accuracy_study, "CODECS", ("int8", "recompute", "dense"))
     monkeypatch.setattr(accuracy_study, "SHARES", (2,))
     monkeypatch.setattr(accuracy_study, "PEAKS", ())
     file, page = tmp_path / "runs.json", tmp_path / "accuracy.md"
@@ -63,12 +63,14 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert accuracy.main(command, in_this_process) == 0
     data = json.loads(file.read_text())
     runs = {run["series"]: run for run in data["runs"] if run["engine"] == "onnxruntime"}
-    assert set(runs) == {"int8", "dense", "planner's mix"}
+    assert set(runs) == {"int8", "recompute", "dense", "planner's mix"}
     dense, lossy = runs["dense"], runs["int8"]
     assert lossy["codec_bytes"] < dense["codec_bytes"]
     assert lossy["mask_bytes"] == dense["mask_bytes"] > 0
     planned = dense["codec_bytes"] + dense["mask_bytes"] + dense["other_bytes"]
     assert planned <= dense["held_bytes"] <= planned + 8192, "small blocks of the engine come on top"
+    mix = runs["planner's mix"]
+    assert mix["codec_bytes"] <= dense["codec_bytes"] // 2 and "recompute" not in mix["choice"]
     assert data["bases"][0]["autograd_bytes"] > dense["codec_bytes"]
     assert all(run["peak_bytes"] >= 0 and 0 <= run["after"] <= 1 for run in data["runs"])
     assert dense["before"] == lossy["before"]
