@@ -30,6 +30,7 @@ def export(
     train: str | None = None,
     codec: str = "hosvd",
     compress: str = "layers",
+    convolutions: str = "products",
     loss: Any = "cross_entropy",
     label_smoothing: float = 0.0,
     class_weights: Sequence[float] = (),
@@ -58,6 +59,8 @@ def export(
             from which a plan chooses for every tensor.
         compress: ``layers`` (their inputs), or ``all``: besides, whatever else the backward pass keeps (smooth
             nonlinearities, attention); the error then travels to earlier layers.
+        convolutions: how the train graph computes them: ``products`` (large matrix products where those are faster on
+            a CPU) or ``direct``.
         loss: the name of a loss, or a torch module ``(outputs, targets) -> scalar`` that is traced with the model;
             ``example_target`` is then a batch of its targets.
         class_weights: per class, for ``cross_entropy`` (``binary_cross_entropy``: weights of the positive answers).
@@ -77,6 +80,7 @@ def export(
         train=train,
         codec=codec,
         compress=compress,
+        convolutions=convolutions,
         loss=loss,
         label_smoothing=label_smoothing,
         class_weights=tuple(class_weights),

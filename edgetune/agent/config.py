@@ -23,6 +23,7 @@ class AgentConfig:
         budget_bytes: what the whole process may take; None = no limit.
         activation_budget_bytes: bytes saved for the backward pass; None = no limit.
         engine: name of the engine, ``auto`` to choose.
+        memory: ``lean``, or ``fast``: the engine may take more than planned where that saves time.
         batch, seed: None = those that the state directory was made with, else the defaults.
         epsilon: energy kept per mode; None = the largest that fits the budget.
         allocation: ``uniform``, or ``per-layer``: a codec and an ε for each saved tensor.
@@ -44,6 +45,7 @@ class AgentConfig:
     budget_bytes: int | None = None
     activation_budget_bytes: int | None = None
     engine: str = "auto"
+    memory: str = "lean"
     batch: int | None = None
     epsilon: float | None = None
     allocation: str = "uniform"

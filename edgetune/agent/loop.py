@@ -213,7 +213,7 @@ class Agent:
             engine=self.config.engine,
             hyper=dict(self.config.hyper),
             seed=self.seed,
-            memory="fast" if self.config.budget_bytes is None else "lean",
+            memory=self.config.memory,
         )
 
     def _begin(self) -> None:

@@ -68,6 +68,9 @@ def export(
         str | None,
         typer.Option("--target-shape", help="SHAPE[:DTYPE] of one target of a loss of your own; ':int64' for a label."),
     ] = None,
+    convolutions: Annotated[
+        str, typer.Option("--convolutions", help="In the train graph: products (fast on a CPU), or direct (as Conv).")
+    ] = "products",
     label_smoothing: Annotated[float, typer.Option("--label-smoothing", help="In [0, 1).")] = 0.0,
     class_weights: Annotated[
         str | None, typer.Option("--class-weights", help="One per class, separated by commas.")
@@ -107,6 +110,7 @@ def export(
         train=train,
         codec=codec,
         compress=compress,
+        convolutions=convolutions,
         adapter=adapter,
         loss=loss,
         label_smoothing=label_smoothing,

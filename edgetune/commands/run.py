@@ -19,6 +19,9 @@ def run(
         str | None, typer.Option("--activation-budget", help="What may be saved for the backward pass, such as 8MiB.")
     ] = None,
     engine: Annotated[str, typer.Option("--engine", help="auto, onnxruntime or torch.")] = "auto",
+    memory: Annotated[
+        str, typer.Option("--memory", help="lean: the planned peak. fast: some MiB more, and a faster step.")
+    ] = "lean",
     batch: Annotated[
         int | None, typer.Option("--batch", help="Samples per step (default: as the state was made with, else 32).")
     ] = None,
@@ -70,6 +73,7 @@ def run(
         budget_bytes=None if budget is None else parse_bytes(budget),
         activation_budget_bytes=None if activation_budget is None else parse_bytes(activation_budget),
         engine=engine,
+        memory=memory,
         batch=batch,
         epsilon=epsilon,
         allocation=allocation,
