@@ -25,7 +25,7 @@ def _starts_empty(done: Tensor, rows: Tensor, units: Tensor) -> bool:
     return units.shape == unit.shape and bool(torch.equal(units, unit)) and not bool(done.any())
 
 
-def _orthonormal_columns(matrix: Tensor) -> Tensor:
+def orthonormal_columns(matrix: Tensor) -> Tensor:
     """Return the basis that Gram-Schmidt finds: that of a QR decomposition whose R has a positive diagonal."""
     q, r = torch.linalg.qr(matrix)
     signs: Tensor = torch.where(r.diagonal() < 0, -1.0, 1.0).to(q.dtype)
@@ -37,7 +37,7 @@ def _scan(n: Call, *x: Tensor, outer: Mapping[str, Tensor]) -> tuple[Tensor, ...
         raise EngineError(f"Scan '{n.name}' is of opset {n.opset}; the torch engine runs Scan from opset 9 on")
     body, scanned = n.get("body"), n.get("num_scan_inputs")
     if body.operators == _GRAM_SCHMIDT and len(x) == 3 and _starts_empty(*x):
-        return (_orthonormal_columns(x[1].t()),)
+        return (orthonormal_columns(x[1].t()),)
     states, rows = list(x[: len(x) - scanned]), x[len(x) - scanned :]
     axes = n.get("scan_input_axes", [0] * scanned)
     backward = n.get("scan_input_directions", [0] * scanned)

@@ -15,6 +15,7 @@ from onnx import FunctionProto, numpy_helper
 from torch import Tensor
 
 from edgetune.engines.torch_ops.base import Call, Kernel, pad_spatial
+from edgetune.engines.torch_ops.factors import FactorTaps, hosvd_encoder
 from edgetune.engines.torch_ops.tucker import stored_modes, tucker_encoder
 
 
@@ -53,11 +54,12 @@ def _weight_gradient(function: FunctionProto) -> Kernel | None:
     inputs = {"dense": 2, "svd": 3}.get(found["codec"], 3 + len(letters))
     if len(function.input) != inputs or (exact and spatial != 2):
         return None
-    if math.prod(_numbers(found["k"])) == 1:
+    kernel, strides, dilations, pads = (_numbers(found[key]) for key in "ksdp")
+    factors = FactorTaps(extents, kernel, strides, dilations, pads, groups)
+    in_factors = found["codec"] in ("hosvd", "hosvd_exact", "asi") and factors.serves(outputs, each)
+    if math.prod(kernel) == 1 and not in_factors:
         return None  # one matrix product: the body is as fast
-    taps = _Taps(
-        extents, _numbers(found["k"]), _numbers(found["s"]), _numbers(found["d"]), _numbers(found["p"]), groups
-    )
+    taps = _Taps(extents, kernel, strides, dilations, pads, groups)
     shape = [outputs, each, *taps.kernel]
 
     # dW[o,c,k,l] = Σ_b,y,x X[b,c,y·s+k·d,x·s+l·d] · dY[b,o,y,x]
@@ -71,6 +73,8 @@ def _weight_gradient(function: FunctionProto) -> Kernel | None:
     # HOSVD paper, eq. 20 to 24; the core is [g, r2, r3, r1, r4]
     def hosvd(n: Call, dy: Tensor, factor: Tensor, core: Tensor, *given: Tensor) -> Tensor:
         bases = dict(zip(letters, (basis.reshape(-1, *basis.shape[-2:]) for basis in given), strict=True))
+        if in_factors:
+            return factors.gradient(dy, factor, core, bases)
         z = core @ bases["w"].transpose(1, 2) if "w" in bases else core
         z = z.permute(3, 0, 1, 2, 4)
         z = bases["h"] @ z if "h" in bases else z
@@ -162,4 +166,9 @@ def _sign_pack(function: FunctionProto) -> Kernel | None:
     return pack if bounds else None
 
 
-_FINDERS: tuple[Callable[[FunctionProto], Kernel | None], ...] = (_weight_gradient, _sign_pack, tucker_encoder)
+_FINDERS: tuple[Callable[[FunctionProto], Kernel | None], ...] = (
+    _weight_gradient,
+    _sign_pack,
+    tucker_encoder,
+    hosvd_encoder,
+)
