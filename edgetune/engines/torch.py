@@ -27,6 +27,7 @@ except ImportError as error:
         "run with --engine onnxruntime"
     ) from None
 
+from edgetune.engines.torch_ops.fusion import fuse
 from edgetune.engines.torch_ops.native import native_kernel
 from edgetune.engines.torch_ops.program import Program, Setting
 from edgetune.engines.torch_ops.weights import Weights
@@ -120,12 +121,14 @@ class TorchRuntime:
         setting = Setting(opset, self._weights.read, self._device, functions, self._double)
         constants = {tensor.name: self._weights.read(tensor) for tensor in flat.graph.initializer}
         nodes, begin, programs = list(flat.graph.node), 0, []
+        numbers = {value.name for value in flat.graph.input if not value.type.tensor_type.shape.dim}
         stages = spec.run_stages()
         for index, stage in enumerate(stages):
             wanted = set(stage.outputs)
             made = [i for i, node in enumerate(nodes) if wanted.intersection(node.output)]
             end = len(nodes) if index + 1 == len(stages) else max(made, default=-1) + 1
-            program = Program(nodes[begin:end], stage.inputs, stage.outputs, constants, setting)
+            piece = fuse(nodes[begin:end], stage.outputs, numbers) if native else nodes[begin:end]
+            program = Program(piece, stage.inputs, stage.outputs, constants, setting)
             if program.captures:
                 return None
             programs.append(program)

@@ -47,7 +47,7 @@ def samples_at_once(source: int, result: int, weight: int, element_bytes: int) -
     call reorders the weight once more: where that would be as much work as the samples, all go at once.
     """
     samples = max(heap.KEPT_BLOCK_BYTES // (2 * max(source, result, 1) * element_bytes), 1)
-    return samples if samples * (source + result) >= 2 * weight else sys.maxsize
+    return samples if samples * (source + result) >= weight else sys.maxsize
 
 
 def _less(a: Sequence[int], b: Sequence[int]) -> list[int]:

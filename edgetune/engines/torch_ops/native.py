@@ -18,6 +18,8 @@ from edgetune.engines.torch_ops.base import Call, Kernel, pad_spatial
 from edgetune.engines.torch_ops.factors import FactorTaps, hosvd_encoder
 from edgetune.engines.torch_ops.tucker import stored_modes, tucker_encoder
 
+_PIECE_ELEMENTS = 1 << 18
+
 
 def native_kernel(function: FunctionProto) -> Kernel | None:
     """Return the kernel that stands in for ``function``; None if its body is to be interpreted."""
@@ -152,16 +154,22 @@ def _sign_pack(function: FunctionProto) -> Kernel | None:
     count = -(-size // 8)
 
     def pack(n: Call, x: Tensor) -> Tensor:
+        packed = torch.empty([len(x), 1, count], dtype=torch.uint8, device=x.device)
+        samples = len(x) if x.device.type != "cpu" else max(_PIECE_ELEMENTS // size, 1)  # its temporaries stay small
+        for source, target in zip(torch.split(x, samples), torch.split(packed[:, 0], samples), strict=True):
+            planes = bits(source)
+            target.copy_(planes[:, 7])
+            for bit in range(6, -1, -1):
+                target.bitwise_left_shift_(1).bitwise_or_(planes[:, bit])
+        return packed
+
+    def bits(x: Tensor) -> Tensor:
         inside = x > bounds["Greater"] if "Greater" in bounds else x < bounds["Less"]
         if len(bounds) == 2:
-            inside = inside & (x < bounds["Less"])
+            inside = inside.logical_and_(x < bounds["Less"])
         flat = inside.view(torch.uint8).reshape(len(x), size)
         flat = torch.nn.functional.pad(flat, [0, 8 * count - size]) if size % 8 else flat
-        planes = flat.reshape(len(x), 8, count)
-        packed = planes[:, 7].clone()
-        for bit in range(6, -1, -1):
-            packed.bitwise_left_shift_(1).bitwise_or_(planes[:, bit])
-        return packed.unsqueeze(1)
+        return flat.reshape(len(x), 8, count)
 
     return pack if bounds else None
 

@@ -13,12 +13,15 @@ import torch
 from onnx import AttributeProto, GraphProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
-from edgetune.engines.torch_ops import ALIASING, IN_PLACE, OPERATORS
+from edgetune.engines.torch_ops import ALIASING, OPERATORS, elementwise, fusion
+from edgetune.engines.torch_ops import IN_PLACE as PLAIN_IN_PLACE
 from edgetune.engines.torch_ops.base import Call, Kernel, broadcast
-from edgetune.engines.torch_ops.elementwise import INTO
 from edgetune.engines.torch_ops.layout import constant
 from edgetune.errors import EngineError, choices
 
+IN_PLACE = PLAIN_IN_PLACE | fusion.IN_PLACE
+INTO = elementwise.INTO | fusion.INTO
+_STANDARD = ("", fusion.DOMAIN)
 _HOST_ELEMENTS = 64  # constants up to this size are also kept as Python numbers: shapes, axes, bounds
 
 
@@ -243,7 +246,7 @@ class _Memories:
         """Return the first input that the result of ``node``, the one at ``index``, may be written over: nothing in its
         memory is read later. ``last`` tells where every name is read last.
         """
-        if node.domain or node.op_type not in IN_PLACE | INTO:
+        if node.domain not in _STANDARD or not (node.op_type in IN_PLACE or node.op_type in INTO):
             return None
         places = range(len(node.input)) if node.op_type in INTO else range(1)
         roots = [self.owner.get(name, name) for name in node.input]
@@ -265,6 +268,8 @@ class _Memories:
 
 
 def _kernel(node: NodeProto, setting: Setting) -> Kernel:
+    if node.domain == fusion.DOMAIN:
+        return fusion.KERNELS[node.op_type]
     table = OPERATORS if node.domain in ("", "ai.onnx") else setting.functions
     if node.op_type not in table:
         domain = f"{node.domain}." if node.domain else ""
