@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tools.bench import __doc__ as about
-from tools.bench.grid import CONTENDERS, MODELS, PRESETS, Cell, side_of
+from tools.bench.grid import CONTENDERS, MODELS, PRESETS, side_of
 from tools.bench.report import write
-from tools.bench.run import Effort, Store, measure
+from tools.bench.run import Cell, Effort, Store, measure
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -100,10 +100,10 @@ def curves(cells: Mapping[str, Any]) -> list[Curve]:
     made = []
     for (axis_name, place, name), points in found.items():
         points.sort(key=lambda point: point[0])
-        x = tuple(point[0] for point in points)
-        if len(set(x)) < FEWEST:
+        along = tuple(point[0] for point in points)
+        if len(set(along)) < FEWEST:
             continue
-        costs = {cost: [of(figures) for _, figures in points] for cost, of in COSTS.items()}
-        whole = {cost: tuple(float(v) for v in values) for cost, values in costs.items() if all(values)}
-        made.append(Curve(axis_name, dict(place), name, x, whole, {c: fit(x, v) for c, v in whole.items()}))
+        costs = {cost: tuple(float(of(figures) or 0.0) for _, figures in points) for cost, of in COSTS.items()}
+        whole = {cost: values for cost, values in costs.items() if all(values)}
+        made.append(Curve(axis_name, dict(place), name, along, whole, {c: fit(along, v) for c, v in whole.items()}))
     return made

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from tools.bench.processes import peak_of, processor_seconds
+from tools.bench.processes import peak_of, processor_seconds, save_gradients
 
 # onnxruntime/training/__init__.py imports torch, for optimizers that nobody here uses. A bare package in its place.
 _package = types.ModuleType("onnxruntime.training")
@@ -71,7 +71,7 @@ class OrtTraining:
         self._module.lazy_reset_grad()
         loss = float(self._module(*self._given))
         made = {name: value.grad.copy() for name, value in self._state.parameters if value.requires_grad}
-        np.savez(file, **made)
+        save_gradients(file, made)
         self._module.lazy_reset_grad()
         return {"loss": loss}
 

@@ -17,7 +17,7 @@ from edgetune.engines.session import TrainingSession
 from edgetune.planning.plan import Plan
 from edgetune.planning.sizes import nbytes
 from edgetune.planning.spectra import Calibration
-from tools.bench.processes import peak_of, processor_seconds, settle
+from tools.bench.processes import peak_of, processor_seconds, save_gradients, settle
 
 PLAN, CALIBRATION, FEATURES = "plan.json", "calibration.safetensors", "features-{}.npz"
 Node = tuple[str, tuple[str, ...], tuple[str, ...]]
@@ -92,7 +92,7 @@ class Ours:
         for index in (1, 2):
             self._session.step_features(*self._load(index))
         loss, made = self._session.gradients_from(list(self._features), self._y)
-        np.savez(file, **made)
+        save_gradients(file, made)
         manifest = self._session._manifest
         names = {spec.name: spec for spec in manifest.saved}
         kept = {layer.weight: names[layer.saved].options[0].label for layer in manifest.layers}

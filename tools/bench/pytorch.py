@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tools.bench import rivals
-from tools.bench.processes import peak_of, processor_seconds, settle
+from tools.bench.processes import peak_of, processor_seconds, save_gradients, settle
 from tools.bench.subjects import SUBJECTS
 from tools.bench.tails import Tail, saved_bytes
 
@@ -41,7 +41,7 @@ class PyTorch:
         self._frozen = [*model.parameters(), *model.buffers()]
         self._name, self._watch = name, rivals.Watch()
         codec = self._codec(told)
-        coded = {step.weight: step.call for step in self._tail.steps if step.weight in told["layers"]}
+        coded = {s.weight: s.call for s in self._tail.steps if s.weight is not None and s.weight in told["layers"]}
         self._calls = rivals.replacements(codec, coded, self._watch) if codec else None
         if self._calls is not None and not self._calls:
             raise ValueError(f"{name} has nothing to keep here: no trained layer is one that it knows")
@@ -131,7 +131,7 @@ class PyTorch:
         made = {
             name: value.grad.float().numpy() for name, value in self._tail.parameters.items() if value.grad is not None
         }
-        np.savez(file, **made)
+        save_gradients(file, made)
         self._optimizer.zero_grad()
         return {"loss": loss.item(), "energy": dict(self._watch.energies), "shapes": dict(self._watch.shapes)}
 

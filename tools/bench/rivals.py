@@ -37,12 +37,16 @@ class Layer:
     def input_gradient(self, shape: torch.Size, weight: Tensor, dy: Tensor) -> Tensor:
         if self.linear:
             return dy @ weight
-        return gradients.conv2d_input(shape, weight, dy, self.stride, self.padding, self.dilation, self.groups)
+        make: Any = gradients.conv2d_input
+        dx: Tensor = make(shape, weight, dy, self.stride, self.padding, self.dilation, self.groups)
+        return dx
 
     def weight_gradient(self, x: Tensor, shape: torch.Size, dy: Tensor) -> Tensor:
         if self.linear:
             return dy.flatten(0, -2).T @ x.flatten(0, -2)
-        return gradients.conv2d_weight(x, shape, dy, self.stride, self.padding, self.dilation, self.groups)
+        make: Any = gradients.conv2d_weight
+        dw: Tensor = make(x, shape, dy, self.stride, self.padding, self.dilation, self.groups)
+        return dw
 
 
 class Codec(Protocol):
@@ -81,7 +85,7 @@ class _Coded:
         self.key, self.linear, self.codec, self.watch = key, call is LINEAR, codec, watch
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *settings: Any) -> Any:
-        given = [(v, v) if isinstance(v, int) else tuple(v) for v in settings[:3]]
+        given: list[Any] = [(v, v) if isinstance(v, int) else tuple(v) for v in settings[:3]]
         layer = Layer(self.linear, *given, *settings[3:])
         return _Keeping.apply(x, weight, bias, layer, self)  # type: ignore[no-untyped-call]
 
@@ -216,7 +220,7 @@ class GradientFilter:
         sums = self._sums(dy)
         means = kept[0]
         if means.shape[2:] != sums.shape[2:]:  # a convolution without padding has fewer positions behind it
-            means = functional.adaptive_avg_pool2d(means, [*sums.shape[2:]])
+            means = functional.adaptive_avg_pool2d(means, (sums.shape[2], sums.shape[3]))
         point = Layer(False, groups=layer.groups)
         return point.weight_gradient(means, torch.Size((*shape[:2], 1, 1)), sums).expand(shape).contiguous()
 
@@ -244,4 +248,5 @@ def _unfolded(x: Tensor, mode: int) -> Tensor:
 
 def _times(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Return the product of ``x`` with ``matrix`` [new, old] along ``mode``."""
-    return torch.tensordot(x, matrix, ([mode], [1])).movedim(-1, mode)
+    product: Tensor = torch.tensordot(x, matrix, ([mode], [1]))
+    return product.movedim(-1, mode)

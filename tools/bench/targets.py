@@ -33,7 +33,7 @@ def ratio(cell: Entry, one: str, other: str) -> float | None:
     found = [cell.get("contenders", {}).get(name, {}).get("ratios") for name in (one, other)]
     if not all(found):
         return None
-    return statistics.median(a / b for a, b in zip(*found, strict=False))
+    return float(statistics.median(a / b for a, b in zip(*found, strict=False)))
 
 
 def fewer(cell: Entry, name: str, what: str) -> float | None:
@@ -43,7 +43,7 @@ def fewer(cell: Entry, name: str, what: str) -> float | None:
     for each in (REFERENCE, name):
         value = contenders.get(each, {}).get(what)
         values.append(value["peak"] if isinstance(value, Mapping) else value)
-    return values[0] / values[1] if all(values) else None
+    return float(values[0] / values[1]) if all(values) else None
 
 
 def targets(cells: Mapping[str, Entry]) -> list[Target]:
