@@ -169,7 +169,8 @@ def _draw(rng: np.random.Generator, pairs: Sequence[tuple[int, int]], count: int
     if not pairs:
         return np.empty((0, 2), np.int64)
     order = np.concatenate([rng.permutation(len(pairs)) for _ in range(-(-count // len(pairs)))])[:count]
-    return np.array(pairs, np.int64)[order]
+    chosen: Array = np.array(pairs, np.int64)[order]
+    return chosen
 
 
 def _outline(pairs: Array) -> Array:

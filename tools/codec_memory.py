@@ -107,6 +107,7 @@ def _load(folder: Path) -> tuple[list[Array], Array]:
 
 
 def settle(session: TrainingSession) -> None:
+    """Give back what nothing uses."""
     gc.collect()
     session._runtime.settle()
     heap.trim()

@@ -18,7 +18,7 @@ from torch.nn import functional
 from edgetune.codecs.base import Saved
 from edgetune.codecs.energy import TINY
 from edgetune.codecs.hosvd import Hosvd
-from edgetune.codecs.subspace import MIX, ROUNDS
+from edgetune.codecs.subspace import ROUNDS, SHIFT
 from edgetune.engines.torch_ops.arena import empty
 from edgetune.engines.torch_ops.base import Call, Kernel
 from edgetune.engines.torch_ops.control import orthonormal_columns
@@ -77,16 +77,13 @@ def _square_norm(x: Tensor) -> Tensor:
 
 def _top_subspace(gram: Tensor, sketch: Tensor) -> Tensor:
     """Return what ``codecs.subspace.top_subspace`` finds."""
-    basis, mix = sketch, MIX * _unit(sketch)
+    scaled = gram / gram.amax().clamp_min(TINY)  # lest the squares overflow
+    units = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    shifted = scaled / torch.linalg.matrix_norm(scaled).clamp_min(TINY) + SHIFT * units
+    basis = sketch
     for _ in range(ROUNDS):
-        basis = orthonormal_columns(_unit(gram @ basis) + mix)
+        basis = orthonormal_columns(shifted @ basis)
     return basis
-
-
-def _unit(matrix: Tensor) -> Tensor:
-    scaled = matrix / matrix.abs().amax(0).clamp_min(TINY)
-    unit: Tensor = scaled / torch.linalg.vector_norm(scaled, dim=0).clamp_min(TINY)
-    return unit
 
 
 class FactorTaps:
