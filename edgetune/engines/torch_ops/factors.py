@@ -18,10 +18,9 @@ from torch.nn import functional
 from edgetune.codecs.base import Saved
 from edgetune.codecs.energy import TINY
 from edgetune.codecs.hosvd import Hosvd
-from edgetune.codecs.subspace import ROUNDS, SHIFT
+from edgetune.codecs.subspace import EVEN, POLAR, ROUNDS, SHIFT
 from edgetune.engines.torch_ops.arena import empty
 from edgetune.engines.torch_ops.base import Call, Kernel
-from edgetune.engines.torch_ops.control import orthonormal_columns
 from edgetune.engines.torch_ops.matrix import product
 
 MOST_POSITIONS = 100  # of a plane; on larger ones h and w are cheaper one after the other
@@ -76,14 +75,21 @@ def _square_norm(x: Tensor) -> Tensor:
 
 
 def _top_subspace(gram: Tensor, sketch: Tensor) -> Tensor:
-    """Return what ``codecs.subspace.top_subspace`` finds."""
-    scaled = gram / gram.amax().clamp_min(TINY)  # lest the squares overflow
+    """Return what ``codecs.subspace.emit_top_subspace`` finds, by the same steps, and so with about the same rounding."""
+    scaled = gram / gram.amax().clamp_min(TINY)
     units = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    shifted = scaled / torch.linalg.matrix_norm(scaled).clamp_min(TINY) + SHIFT * units
-    basis = sketch
+    half = 0.49 * (scaled / torch.linalg.matrix_norm(scaled).clamp_min(TINY) + SHIFT * units)
+    y = sketch / torch.linalg.matrix_norm(sketch)
     for _ in range(ROUNDS):
-        basis = orthonormal_columns(shifted @ basis)
-    return basis
+        y = half @ _polar(y, POLAR[:EVEN])
+    return _polar(y, POLAR)
+
+
+def _polar(y: Tensor, steps: Sequence[tuple[float, float, float]]) -> Tensor:
+    for a, b, c in steps:
+        square = y.t() @ y
+        y = torch.addmm(y, y, torch.addmm(square, square, square, beta=b, alpha=c), beta=a)
+    return y
 
 
 class FactorTaps:
