@@ -91,7 +91,7 @@ def plain(report: StepReport) -> dict[str, Any]:
 def check(bundle: Bundle, plan: Plan, shape: tuple[int, ...]) -> None:
     ours = trained(bundle, plan, "torch", shape)
     theirs = trained(bundle, plan, "onnxruntime", shape)
-    # AdamW divides an element's gradient by its size: where it is rounding noise, so is the whole step. Against float64,
+    # AdamW divides an element's gradient by its size: where it is rounding noise, so is the step. Against float64,
     # either engine is then up to 6e-5 off in a parameter, with gradients that are 2e-6 off.
     amplified = bundle.manifest.optimizer.kind == "adamw"
     for one, other in zip(ours, theirs, strict=True):

@@ -75,7 +75,7 @@ def _square_norm(x: Tensor) -> Tensor:
 
 
 def _top_subspace(gram: Tensor, sketch: Tensor) -> Tensor:
-    """Return what ``codecs.subspace.emit_top_subspace`` finds, by the same steps, and so with about the same rounding."""
+    """Return what ``codecs.subspace.emit_top_subspace`` finds, by the same steps."""
     scaled = gram / gram.amax().clamp_min(TINY)
     units = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
     half = 0.49 * (scaled / torch.linalg.matrix_norm(scaled).clamp_min(TINY) + SHIFT * units)
