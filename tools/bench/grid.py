@@ -9,13 +9,16 @@ from tools.bench.run import Cell
 SIDES = {"resnet18": 224, "mobilenet_v2": 224, "mcunet": 160, "vit": 224, "unet": 128, "tiny": 32}
 MODELS = tuple(SIDES)
 FULL = tuple(model for model in MODELS if model != "tiny")
-OURS = tuple(f"{engine}/{codec}" for engine in ("onnxruntime", "torch") for codec in ("hosvd", "dense", "asi"))
+OURS = (
+    *(f"{engine}/{codec}" for engine in ("onnxruntime", "torch") for codec in ("hosvd", "dense", "asi")),
+    "onnxruntime-fast/hosvd",
+)
 RIVALS = (
     "pytorch", "pytorch-checkpoint", "pytorch-bf16", "pytorch-hosvd", "pytorch-asi", "pytorch-filter-r2",
     "pytorch-filter-r4", "ort-training",
 )  # fmt: skip
 CONTENDERS = (*RIVALS, *OURS)
-SWEPT = ("pytorch", "onnxruntime/hosvd", "torch/hosvd", "onnxruntime/dense", "torch/dense")
+SWEPT = ("pytorch", "onnxruntime/hosvd", "onnxruntime-fast/hosvd", "torch/hosvd", "onnxruntime/dense", "torch/dense")
 Job = tuple[Cell, tuple[str, ...]]
 
 

@@ -44,16 +44,17 @@ class Ours:
     """A training session that does one thing at a time when told."""
 
     def __init__(self, cell: Path, engine: str, codec: str) -> None:
-        """Open what ``prepare`` left in ``cell`` for ``codec``."""
+        """Open what ``prepare`` left in ``cell`` for ``codec``; ``engine`` is its name, and maybe ``-fast`` memory."""
         self._data, self._folder = cell, cell / codec_folder(codec)
         place = json.loads((self._folder / "bundle.json").read_text())["path"]
-        self._bundle, self._engine = Bundle.open(Path(place)), engine
+        self._engine, _, memory = engine.partition("-")
+        self._bundle, self._memory = Bundle.open(Path(place)), memory or "lean"
         self._session = self._open()
         self._features, self._y = self._load(0)
 
     def _open(self) -> TrainingSession:
         plan, hyper = read_plan(self._folder), {"learning_rate": 0.0}
-        return TrainingSession(self._bundle, plan, engine=self._engine, hyper=hyper, verify=False)
+        return TrainingSession(self._bundle, plan, engine=self._engine, hyper=hyper, memory=self._memory, verify=False)
 
     def _load(self, index: int) -> tuple[list[Array], Array]:
         with np.load(self._folder / FEATURES.format(index)) as stored:

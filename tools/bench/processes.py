@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import resource
 from collections.abc import Callable, Mapping
@@ -10,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from edgetune.engines import heap
 from edgetune.telemetry.process import PeakMeter, resident_bytes
 
 
@@ -28,7 +28,7 @@ def save_gradients(file: str, made: Mapping[str, Any]) -> None:
 def settle() -> None:
     """Free what is garbage, and give free memory back to the system."""
     gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    heap.trim()  # what an engine keeps for its next step, too
 
 
 def peak_of(load: Callable[[], Any], step: Callable[[Any], object]) -> dict[str, int]:
