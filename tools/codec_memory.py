@@ -107,7 +107,7 @@ def _load(folder: Path) -> tuple[list[Array], Array]:
 
 
 def settle(session: TrainingSession) -> None:
-    """Give back what nothing uses."""
+    """Give back what is no longer used, so that what is resident is what is needed."""
     gc.collect()
     session._runtime.settle()
     heap.trim()

@@ -224,9 +224,9 @@ def _mcunet() -> nn.Module:
 SUBJECTS = {
     subject.name: subject
     for subject in (
-        Subject("resnet18", _resnet18, 224, 64, 800, r"layer\d\.\d"),
-        Subject("mobilenet_v2", _mobilenet_v2, 224, 64, 1000, r"features\.\d+"),
-        Subject("mcunet", _mcunet, 160, 64, 1000, r"blocks\.\d+"),
+        Subject("resnet18", _resnet18, 224, 64, 300, r"layer\d\.\d"),
+        Subject("mobilenet_v2", _mobilenet_v2, 224, 64, 300, r"features\.\d+"),
+        Subject("mcunet", _mcunet, 160, 64, 300, r"blocks\.\d+"),
         Subject("vit", vit_tiny, 224, 224, 400, r"vit\.layers\.\d+", batch=16, rate=5e-4),
         Subject("unet", unet, 128, 64, 400, r"down\d|bottom|up\d|merge\d", segments=True),
         Subject("tiny", tiny, 32, 32, 4, r"layer\d\.\d", batch=8),
