@@ -122,13 +122,16 @@ def page(runs: Sequence[curves.Run], bases: Sequence[curves.Base], origin: str, 
         every = curves.points(some)
         autograd = statistics.fmean(base.autograd_bytes for base in bases if base.task == task)
         before = statistics.fmean(run.before for run in some)
+        seeds = sorted({run.seed for run in some})
+        complete = all(len(point.seeds) == len(seeds) for point in every)
         lines += [
             "",
             f"## {task.capitalize()}",
             "",
             f"{about.get(task, '')} Before fine-tuning {100 * before:.1f} % of the held-out drifted images are named "
             f"rightly. Ordinary PyTorch keeps {autograd / curves.KIB:,.0f} KiB for the backward pass of the same "
-            f"layers (measured by its hooks, every storage once). Seeds: {', '.join(map(str, every[0].seeds))}.",
+            f"layers (measured by its hooks, every storage once). Seeds: {', '.join(map(str, seeds))}."
+            + ("" if complete else " **Not every plan ran with all of them; means are over those it ran with.**"),
             "",
             f"![accuracy over peak](accuracy-{task}.svg)",
             "",
@@ -227,7 +230,7 @@ def main(arguments: Sequence[str] | None = None, run: Measure = in_a_fresh_proce
     target.write_text(text)
     for name in dict.fromkeys(one.task for one in runs):
         every = curves.points(one for one in runs if one.task == name)
-        picture = curves.svg(every, curves.MIX, f"{name}: batch {BATCH}, {len(every[0].seeds)} seeds")
+        picture = curves.svg(every, curves.MIX, f"{name}: batch {BATCH}, mean over the seeds")
         target.with_name(f"accuracy-{name}.svg").write_text(picture)
     return 0
 

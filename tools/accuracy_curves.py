@@ -57,7 +57,7 @@ class Base:
 @dataclass(frozen=True)
 class Point:
     """One plan over all seeds. ``after`` and ``seeds`` run in parallel; bytes are means over the seeds; ``error`` is
-    the mean total gradient error as calibrated, None where it was not."""
+    the mean total gradient error as calibrated, over the seeds for which it was (None: for none)."""
 
     series: str
     knob: str
@@ -119,12 +119,13 @@ def points(runs: Iterable[Run]) -> list[Point]:
         def mean(name: str, some: Sequence[Run] = tuple(some)) -> float:
             return statistics.fmean(getattr(run, name) for run in some)
 
-        known = all(run.error is not None for run in some), all(run.energy is not None for run in some)
+        errors = [run.error for run in some if run.error is not None]
+        energies = [run.energy for run in some if run.energy is not None]
         made.append(
             Point(
                 series, knob, engine, tuple(run.seed for run in some), tuple(run.after for run in some),
                 mean("peak_bytes"), mean("held_bytes"), mean("codec_bytes"), mean("mask_bytes"), mean("other_bytes"),
-                mean("error") if known[0] else None, mean("energy") if known[1] else None, some[0].choice,
+                statistics.fmean(errors) if errors else None, statistics.fmean(energies) if energies else None, some[0].choice,
             )
         )  # fmt: skip
     return made
@@ -165,7 +166,7 @@ def paired(one: Point, other: Point) -> tuple[float, float]:
 
 HEADS = (
     "codec", "rate", "saved, KiB", "codec + masks + other", "left by the forward pass, KiB", "× below PyTorch",
-    "peak of a step, MiB", "accuracy, %", "± sd", "− dense", "energy",
+    "peak of a step, MiB", "accuracy, %", "± sd", "− dense", "energy", "seeds",
 )  # fmt: skip
 
 
@@ -189,6 +190,7 @@ def table(every: Sequence[Point], autograd: float) -> list[str]:
             _percent(p.deviation),
             gap,
             "—" if p.energy is None else f"{p.energy:.2f}",
+            str(len(p.seeds)),
         )
         lines.append("| " + " | ".join(cells) + " |")
     return lines

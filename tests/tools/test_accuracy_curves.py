@@ -81,7 +81,7 @@ def test_the_table_and_the_picture() -> None:
     every = [point("dense", "—", 9, (0.9, 0.92), held=100), point("int8", "—", 6, (0.88, 0.9))]
     every.append(point(MIX, "a", 4, (0.8, 0.9)))
     rows = table(every, 300 * KIB)
-    assert rows[3] == "| `int8` | — | 10 | 6 + 3 + 1 | 10 | 30.0 | 6.00 | 89.0 | 1.4 | -2.0 | 0.90 |"
+    assert rows[3] == "| `int8` | — | 10 | 6 + 3 + 1 | 10 | 30.0 | 6.00 | 89.0 | 1.4 | -2.0 | 0.90 | 2 |"
     picture = ElementTree.fromstring(svg(every, MIX, "a < b"))
     kinds = [child.tag.rpartition("}")[2] for child in picture]
     assert kinds.count("polyline") == 3 and kinds.count("circle") == 6
