@@ -125,7 +125,8 @@ def points(runs: Iterable[Run]) -> list[Point]:
             Point(
                 series, knob, engine, tuple(run.seed for run in some), tuple(run.after for run in some),
                 mean("peak_bytes"), mean("held_bytes"), mean("codec_bytes"), mean("mask_bytes"), mean("other_bytes"),
-                statistics.fmean(errors) if errors else None, statistics.fmean(energies) if energies else None, some[0].choice,
+                statistics.fmean(errors) if errors else None, statistics.fmean(energies) if energies else None,
+                some[0].choice,
             )
         )  # fmt: skip
     return made
