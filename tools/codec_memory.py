@@ -10,6 +10,7 @@ import ctypes
 import dataclasses
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -62,11 +63,16 @@ class _Mallinfo2(ctypes.Structure):
 
 
 def in_use_bytes() -> int:
-    """Return what glibc's allocator has handed out and not got back: its own blocks, and those that it maps."""
+    """Return what is handed out and not given back: glibc's blocks, those that it maps, the torch arena."""
     call = ctypes.CDLL("libc.so.6").mallinfo2
     call.restype = _Mallinfo2
     info = call()
-    return int(info.uordblks + info.hblkhd)
+    heap_bytes = int(info.uordblks + info.hblkhd)
+    arena = sys.modules.get("edgetune.engines.torch_ops.arena")
+    if arena is None:
+        return heap_bytes
+    arena.ARENA.release()  # which takes back first what nothing uses
+    return heap_bytes + int(arena.ARENA.used_bytes)
 
 
 def measure(folder: Path, plan_folder: Path, dense_folder: Path, engine: str, seconds: float) -> Memory:
