@@ -77,20 +77,20 @@ def crops(count: int, side: int, seed: int) -> tuple[Array, Array]:
     return found, places
 
 
-def vit() -> Any:
-    """Return a vision transformer of the width of ViT-Ti (192, three heads) and four layers, for patches of 8."""
+def vit(side: int = 112, patch: int = 8, layers: int = 4, classes: int = 10) -> Any:
+    """Return a vision transformer of the width of ViT-Ti (192, three heads) with ``layers``, for square images."""
     import transformers
 
     settings: dict[str, Any] = {
-        "image_size": 112, "patch_size": 8, "hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 3,
-        "intermediate_size": 768, "num_labels": 10,
+        "image_size": side, "patch_size": patch, "hidden_size": 192, "num_hidden_layers": layers,
+        "num_attention_heads": 3, "intermediate_size": 768, "num_labels": classes,
     }  # fmt: skip
     return transformers.ViTForImageClassification(transformers.ViTConfig(**settings))
 
 
-def unet() -> nn.Module:
-    """Return a U-Net of two levels, 16, 32 and 64 channels wide, for four classes."""
-    return plain.UNet(2, 4, channels=3, widths=(16, 32, 64))
+def unet(classes: int = 4) -> nn.Module:
+    """Return a U-Net of two levels, 16, 32 and 64 channels wide."""
+    return plain.UNet(2, classes, channels=3, widths=(16, 32, 64))
 
 
 SUBJECTS = (

@@ -81,6 +81,13 @@ def emit_pointwise(g: GraphBuilder, x: str, weight: str, bias: str, s: Spread) -
     return str(g.op("Reshape", product, g.const([0, made, *s.result]), hint="result"))
 
 
+def axis_map(source: int, result: int, kernel: int, stride: int, dilation: int, pad: int) -> Array:
+    """Return [taps, source positions, result positions] of one axis, 1 where the tap connects the two."""
+    outputs, taps = np.arange(result), np.arange(kernel)
+    read = outputs * stride + taps[:, None] * dilation - pad
+    return np.asarray(np.arange(source)[:, None] == read[:, None, :], np.float32)
+
+
 def depthwise_map(
     source: Sequence[int],
     result: Sequence[int],
@@ -92,16 +99,10 @@ def depthwise_map(
     """Return [taps, source positions, result positions], 1 where the tap connects the two."""
     whole = np.ones((1, 1, 1), np.float32)
     axes = zip(source, result, kernel, strides, dilations, pads, strict=True)
-    for n, m, k, stride, dilation, pad in axes:
-        one = np.zeros((k, n, m), np.float32)
-        for tap in range(k):
-            for y in range(m):
-                place = y * stride + tap * dilation - pad
-                if 0 <= place < n:
-                    one[tap, place, y] = 1.0
-        whole = np.einsum("knm,lNM->klnNmM", whole, one).reshape(
-            whole.shape[0] * k, whole.shape[1] * n, whole.shape[2] * m
-        )
+    for axis in axes:
+        one = axis_map(*axis)
+        extents = [before * more for before, more in zip(whole.shape, one.shape, strict=True)]
+        whole = np.einsum("knm,lNM->klnNmM", whole, one).reshape(extents)
     return whole
 
 

@@ -25,9 +25,8 @@ from torch.nn import functional
 
 from edgetune.bundle import Array
 from edgetune.commands import _digits
-from tools import models
+from tools import codec_subjects, models
 from tools.codec_subjects import MEAN, STD
-from tools.zoo import plain
 
 GLYPHS = "0123456789"
 _ADAPT_BATCH, _ADAPT_BATCHES = 16, 8
@@ -183,18 +182,12 @@ def _photographs() -> tuple[Array, ...]:
 
 def vit_tiny() -> Any:
     """Return a vision transformer of the width of ViT-Ti (192, three heads, patches of 16) and six layers, not 12."""
-    import transformers
-
-    settings: dict[str, Any] = {
-        "image_size": 224, "patch_size": 16, "hidden_size": 192, "num_hidden_layers": 6, "num_attention_heads": 3,
-        "intermediate_size": 768, "num_labels": 1000,
-    }  # fmt: skip
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**settings))
+    return codec_subjects.vit(side=224, patch=16, layers=6, classes=1000)
 
 
 def unet() -> nn.Module:
     """Return a U-Net of two levels, 16, 32 and 64 channels wide, for three classes."""
-    return plain.UNet(2, 3, channels=3, widths=(16, 32, 64))
+    return codec_subjects.unet(classes=3)
 
 
 def tiny() -> nn.Module:

@@ -121,7 +121,7 @@ def transposed_convolution(g: GraphBuilder, dy: str, weight: str, geometry: Geom
 
 
 def form_of(geometry: Geometry) -> str:
-    """Return the form in which a convolution takes the least time: one of ``convolution.FORMS``, or "" for Conv.
+    """Return the form in which a convolution takes the least time: one of those in ``convolution``, or "" for Conv.
 
     The bounds are from measurements with onnxruntime on two cores, batches of 8 and 64.
     """
@@ -337,7 +337,7 @@ def _svd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: Geo
 
 
 def _hosvd_weight_gradient(g: GraphBuilder, stored: Stored, dy: str, geometry: Geometry) -> str:
-    if suits(stored, geometry):
+    if suits(geometry):
         return emit_depthwise_in_factors(g, stored, dy, geometry)
     z1 = emit_batch_rank_of_image(g, stored, dy, geometry.output)
     z3 = emit_spatial(g, stored.encoded, stored.saved)  # [r1, g, r2, *positions]

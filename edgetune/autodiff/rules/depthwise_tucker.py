@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgetune.autodiff.builder import GraphBuilder
+from edgetune.autodiff.convolution import axis_map
 from edgetune.autodiff.rule import Stored
 from edgetune.codecs.base import POSITIONS, Array
 from edgetune.codecs.tucker import emit_matrix
@@ -30,10 +31,9 @@ MOST_PAIRS = 10_000
 """Of an input and an output position: 7 × 7 by 7 × 7 and 14 × 14 by 7 × 7 are below it, 14 × 14 by 14 × 14 is not."""
 
 
-def suits(stored: Stored, geometry: Geometry) -> bool:
-    """Tell whether the layer is depthwise, of one output per channel, and small enough for this form."""
-    depthwise = 1 < geometry.groups == stored.saved.channels == geometry.out_channels
-    return depthwise and math.prod(geometry.input) * math.prod(geometry.output) <= MOST_PAIRS
+def suits(geometry: Geometry) -> bool:
+    """Tell whether the layer is depthwise and small enough for this form."""
+    return geometry.depthwise and math.prod(geometry.input) * math.prod(geometry.output) <= MOST_PAIRS
 
 
 def emit_depthwise_in_factors(g: GraphBuilder, stored: Stored, dy: str, geometry: Geometry) -> str:
@@ -72,6 +72,8 @@ def _emit_taps(g: GraphBuilder, stored: Stored, geometry: Geometry) -> str:
 
 def _meets(geometry: Geometry, axis: int) -> Array:
     """Return [h, y·k] of one axis: whether tap k of output position y reads the input position h."""
-    outputs, kernel = np.arange(geometry.output[axis]), np.arange(geometry.kernel[axis])
-    read = outputs[:, None] * geometry.strides[axis] + kernel * geometry.dilations[axis] - geometry.pads_begin[axis]
-    return np.asarray(np.arange(geometry.input[axis])[:, None] == read.reshape(-1), np.float32)
+    connected = axis_map(
+        geometry.input[axis], geometry.output[axis], geometry.kernel[axis], geometry.strides[axis],
+        geometry.dilations[axis], geometry.pads_begin[axis],
+    )  # fmt: skip
+    return np.ascontiguousarray(connected.transpose(1, 2, 0)).reshape(geometry.input[axis], -1)
