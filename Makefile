@@ -64,7 +64,7 @@ lint: $(STAMP)
 
 test: lint
 	@echo "== tests (pytest)"
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 clean:
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
