@@ -138,7 +138,7 @@ def _run(instant: str, bundle: str, scratch: Path) -> None:
 
     loop.real_parts = stopping  # type: ignore[attr-defined]
     places = [bundle, "--data", str(scratch / "data"), "--state", str(scratch / "state")]
-    sys.argv = ["edgetune", "run", *places, "--engine", "auto", "--batch", "8", "--epsilon", "1"]
+    sys.argv = ["edgetune", "run", *places, "--engine", "auto", "--batch", "8", "--epsilon", "1", "--no-supervise"]
     main()
 
 

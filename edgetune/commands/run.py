@@ -1,11 +1,16 @@
-"""``edgetune run``: parse the options, hand them to the agent. What the agent does is the agent's business."""
+"""``edgetune run``: check the options, then become the supervisor of the agent (or the agent itself)."""
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from edgetune.agent.config import AgentConfig
 
 
 def run(
@@ -59,6 +64,9 @@ def run(
         int | None, typer.Option("--seed", help="Order of the samples (default: as the state was made with, else 0).")
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")] = False,
+    supervise: Annotated[
+        bool, typer.Option("--supervise/--no-supervise", help="Start the agent again when it is killed (default).")
+    ] = True,
 ) -> None:
     """Train on the samples in a folder inside a memory budget, and lose nothing when the power goes."""
     from edgetune.agent.config import AgentConfig
@@ -87,4 +95,21 @@ def run(
         seed=seed,
         quiet=quiet,
     )
+    if supervise:
+        config.check(Bundle.open(bundle, verify=False).manifest.optimizer.scalars)
+        _become_the_supervisor(bundle, config)
     run_agent(Bundle.open(bundle), config)
+
+
+def _become_the_supervisor(bundle: Path, config: AgentConfig) -> NoReturn:
+    """Replace this process, and the memory that it has taken by now, by a small one that starts the agent as another.
+
+    The worker finds this package where this process found it.
+    """
+    from edgetune.agent import supervisor, worker
+
+    package = str(Path(__file__).resolve().parents[2])
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (package, os.environ.get("PYTHONPATH"))))
+    own = [sys.executable, "-I", str(Path(supervisor.__file__).resolve()), str(config.state)]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*own, "--", *worker.command(bundle, config)])

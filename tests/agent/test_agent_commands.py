@@ -13,7 +13,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from edgetune.agent import loop
+from edgetune.agent import loop, worker
 from edgetune.agent.config import AgentConfig
 from edgetune.agent.loop import run_agent
 from edgetune.agent.view import QuietView
@@ -21,7 +21,7 @@ from edgetune.bundle import Bundle
 from edgetune.commands.report import report
 from edgetune.commands.run import run
 from edgetune.commands.status import status
-from edgetune.errors import StateError
+from edgetune.errors import StateError, UsageError
 from tests.agent.fakes import RUNTIME_BYTES, Workshop, make_bundle, make_folder
 
 
@@ -85,7 +85,7 @@ def test_the_options_of_run_reach_the_agent(app: typer.Typer, tmp_path: Path, mo
         "run", str(bundle.path), "--data", "d", "--state", "s", "--budget", "64MiB", "--activation-budget", "1 MB",
         "--engine", "onnxruntime", "--batch", "8", "--epsilon", "0.75", "--max-steps", "9", "--epochs", "3", "--once",
         "--holdout", "4", "--checkpoint-every", "7", "--learning-rate", "0.5", "--momentum", "0", "--seed", "3",
-        "--quiet",
+        "--quiet", "--no-supervise",
     ]  # fmt: skip
     assert CliRunner().invoke(app, words).exit_code == 0
     opened, config = seen[0]
@@ -95,8 +95,30 @@ def test_the_options_of_run_reach_the_agent(app: typer.Typer, tmp_path: Path, mo
         batch=8, epsilon=0.75, max_steps=9, epochs=3, once=True, holdout=4, checkpoint_every=7,
         hyper={"learning_rate": 0.5, "momentum": 0.0}, seed=3, quiet=True,
     )  # fmt: skip
-    assert CliRunner().invoke(app, ["run", str(bundle.path), "--data", "d", "--state", "s"]).exit_code == 0
+    plain = ["run", str(bundle.path), "--data", "d", "--state", "s"]
+    assert CliRunner().invoke(app, [*plain, "--no-supervise"]).exit_code == 0
     assert seen[1][1] == AgentConfig(data=Path("d"), state=Path("s"))  # the defaults are those of the config
+
+
+def test_run_becomes_the_supervisor_of_a_worker_with_the_same_options(
+    app: typer.Typer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    became: list[list[str]] = []
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    monkeypatch.setattr(os, "execv", lambda _program, line: became.append(line))
+    monkeypatch.setattr(loop, "run_agent", lambda *_: None)
+    bundle = make_bundle(tmp_path / "b")
+    words = ["run", str(bundle.path), "--data", "d", "--state", "s", "--learning-rate", "0.5", "--epsilon", "0.9"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    (line,) = became
+    split = line.index("--")
+    assert line[1] == "-I" and Path(line[2]).name == "supervisor.py" and line[3:split] == ["s"]
+    given = AgentConfig(data=Path("d"), state=Path("s"), epsilon=0.9, hyper={"learning_rate": 0.5})
+    assert worker.settings(line[-1]) == (bundle.path, given)
+    assert os.environ["PYTHONPATH"].endswith(":elsewhere")
+    # what no worker could do is said at once, by the command itself
+    wrong = CliRunner().invoke(app, [*words, "--epochs", "0"])
+    assert isinstance(wrong.exception, UsageError) and len(became) == 1
 
 
 def test_importing_a_command_is_cheap_and_the_agent_never_sees_the_host(state: Path) -> None:
