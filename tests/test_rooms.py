@@ -50,7 +50,7 @@ TABLE = {
         lazy_libraries=_words("torch onnxscript flatbuffers"),
     ),
     "engines": Room(_words("bundle codecs planning errors units"), _words("numpy")),
-    "telemetry": Room(_words("bundle errors units")),
+    "telemetry": Room(_words("bundle errors units"), lazy_libraries=_words("pynvml")),
     "agent": Room(
         _words("bundle planning engines telemetry codecs errors units"),
         _words("numpy PIL watchfiles rich safetensors"),

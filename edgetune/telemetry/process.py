@@ -25,6 +25,19 @@ def resident_bytes(root: Path = PROC) -> int:
     return _status_bytes(root, "VmRSS")
 
 
+def proportional_bytes(root: Path = PROC) -> int | None:
+    """Return the bytes of this process with shared pages counted by their share (PSS); None: this kernel does not tell.
+
+    Pages of libraries that several processes map count for each of them in what is resident, and once in all here.
+    """
+    try:
+        text = (root / "self" / "smaps_rollup").read_text("ascii", errors="replace")
+    except OSError:
+        return None
+    match = re.search(r"^Pss:\s*([0-9]+) kB$", text, re.MULTILINE)
+    return None if match is None else int(match[1]) * 1024
+
+
 class PeakMeter:
     """The process's own high-water mark of resident memory, since the last :meth:`reset` where the kernel allows one.
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgetune.errors import EngineError
-from edgetune.telemetry.process import PeakMeter, resident_bytes
+from edgetune.telemetry.process import PeakMeter, proportional_bytes, resident_bytes
 from edgetune.units import MIB
 
 # The memory lines of /proc/self/status in the format of Linux 6.x.
@@ -78,6 +78,14 @@ def test_a_kernel_without_clear_refs_is_told_apart(tmp_path: Path) -> None:
     assert meter.resettable is False
     assert not (tmp_path / "self" / "clear_refs").exists()
     assert meter.peak_bytes() == 231516 * 1024
+
+
+def test_the_proportional_share(tmp_path: Path) -> None:
+    shared = proportional_bytes()
+    assert shared is not None and 0 < shared <= resident_bytes() + MIB
+    root = fake_root(tmp_path, STATUS)
+    (root / "self" / "smaps_rollup").write_text("Rss:  9000 kB\nPss:                5120 kB\nPss_Anon: 1000 kB\n")
+    assert proportional_bytes(root) == 5 * MIB
 
 
 def test_no_proc_is_an_error(tmp_path: Path) -> None:
