@@ -121,9 +121,9 @@ def _calibration_of(bundle: Bundle, batch: int, given: Samples, engine: str, *, 
 def _runtime_bytes(bundle: Bundle, engine: str, *, limited: bool) -> int:
     """Return what the runtime takes. A budget is for the process on the device: this one may hold torch, a model and
     the caller's data."""
-    from edgetune.agent.baseline import measure_runtime, measure_runtime_apart
+    from edgetune.agent.baseline import measure_runtime, runtime_bytes
 
-    return measure_runtime_apart(bundle, engine) if limited else measure_runtime(bundle, engine)
+    return runtime_bytes(bundle, engine) if limited else measure_runtime(bundle, engine)
 
 
 def _check_that_nothing_is_lost(bundle: Bundle, codec: str | None, allocation: str) -> None:

@@ -1,8 +1,16 @@
-"""Set-up of the whole suite: where several processes share the tests, each keeps to a core of its own."""
+"""Set-up of the whole suite: its processes keep to a core each, and to a cache of their own."""
 
 from __future__ import annotations
 
 import os
+import tempfile
+
+_WORKER = os.environ.get("PYTEST_XDIST_WORKER")
+
+if _WORKER is None:
+    # No test reads or writes what this user's own runs have remembered; workers share the suite's.
+    _SHELF = tempfile.TemporaryDirectory(prefix="edgetune-cache-")  # removed when the interpreter ends
+    os.environ["XDG_CACHE_HOME"] = _SHELF.name
 
 
 def pytest_configure() -> None:
@@ -10,7 +18,6 @@ def pytest_configure() -> None:
 
     Two workers whose libraries each start a thread per core are slower than one after the other.
     """
-    worker = os.environ.get("PYTEST_XDIST_WORKER")
-    if worker is not None and hasattr(os, "sched_setaffinity"):
+    if _WORKER is not None and hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
-        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+        os.sched_setaffinity(0, {cores[int(_WORKER.removeprefix("gw")) % len(cores)]})

@@ -74,13 +74,13 @@ class Meter(Protocol):
 class Parts:
     """The replaceable parts of an agent.
 
-    ``runtime_bytes(bundle, engine)`` is what the process takes before anything of a plan is allocated;
+    ``runtime_bytes(bundle, engine, memory)`` is what the process takes before anything of a plan is allocated;
     ``reserve_bytes`` are left free of a budget; ``engine(asked)`` tells which engine runs, and why.
     """
 
     session_factory: SessionFactory
     meter: Meter
-    runtime_bytes: Callable[[Bundle, str], int]
+    runtime_bytes: Callable[[Bundle, str, str], int]
     reserve_bytes: int = 0
     engine: Callable[[str], str] = str
 
@@ -91,10 +91,10 @@ def real_parts() -> Parts:
     Raises:
         EngineError: no runtime is installed.
     """
-    from edgetune.agent.baseline import measure_runtime
+    from edgetune.agent.baseline import runtime_bytes
     from edgetune.engines.choice import describe_engine
     from edgetune.engines.session import TrainingSession
     from edgetune.planning.plan import RESERVE_BYTES
     from edgetune.telemetry.process import PeakMeter
 
-    return Parts(TrainingSession, PeakMeter(), measure_runtime, RESERVE_BYTES, describe_engine)
+    return Parts(TrainingSession, PeakMeter(), runtime_bytes, RESERVE_BYTES, describe_engine)

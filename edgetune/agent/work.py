@@ -61,7 +61,7 @@ class Work:
             self.batch, config.budget_bytes, config.activation_budget_bytes, config.epsilon, config.allocation,
             config.codec,
         )  # fmt: skip
-        runtime_bytes = parts.runtime_bytes(bundle, config.engine)
+        runtime_bytes = parts.runtime_bytes(bundle, config.engine, config.memory)
         self.budgeter = Budgeter(bundle.manifest, request, runtime_bytes, parts.reserve_bytes)
         self.make_session()
 

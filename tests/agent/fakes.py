@@ -270,4 +270,4 @@ class Workshop:
             self.sessions.append(made)
             return made
 
-        return Parts(factory, self.meter, lambda bundle, engine: RUNTIME_BYTES)
+        return Parts(factory, self.meter, lambda bundle, engine, memory: RUNTIME_BYTES)

@@ -1,0 +1,69 @@
+"""What the runtime takes is one figure for every process that plans: measured once, rounded up, remembered."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from edgetune.agent import baseline
+from edgetune.bundle import Bundle
+from edgetune.units import MIB
+from tests.engines.workshop import bundle_of
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, str]]:
+    """Replace the measurement by one that finds a page more each time; return what it was asked for."""
+    asked: list[tuple[str, str]] = []
+
+    def measure(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> int:
+        asked.append((engine, memory))
+        return 80 * MIB + 4096 * len(asked)
+
+    monkeypatch.setattr(baseline, "measure_runtime_apart", measure)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return asked
+
+
+def test_one_measurement_serves_all_that_ask_the_same(measured: list[tuple[str, str]], tmp_path: Path) -> None:
+    found = [baseline.runtime_bytes(bundle_of("hosvd"), "onnxruntime") for _ in range(3)]
+    assert found == [81 * MIB] * 3 and measured == [("onnxruntime", "lean")]
+    # what the choice comes to is the question, not how it was spelled
+    assert baseline.runtime_bytes(bundle_of("hosvd"), "auto") == 81 * MIB and len(measured) == 1
+    (file,) = (tmp_path / "edgetune" / "runtime").iterdir()
+    assert json.loads(file.read_text())["bundle"] == bundle_of("hosvd").digest
+
+
+@pytest.mark.parametrize(("engine", "memory"), [("torch", "lean"), ("onnxruntime", "fast")])
+def test_another_engine_or_kind_of_memory_is_another_figure(
+    measured: list[tuple[str, str]], engine: str, memory: str
+) -> None:
+    baseline.runtime_bytes(bundle_of("hosvd"), "onnxruntime")
+    baseline.runtime_bytes(bundle_of("hosvd"), engine, memory)
+    baseline.runtime_bytes(bundle_of("dense"), "onnxruntime")
+    assert measured == [("onnxruntime", "lean"), (engine, memory), ("onnxruntime", "lean")]
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"runtime_bytes": -1}', b'{"runtime_bytes": true}'])
+def test_a_damaged_note_is_measured_again(measured: list[tuple[str, str]], tmp_path: Path, damage: bytes) -> None:
+    baseline.runtime_bytes(bundle_of("hosvd"), "onnxruntime")
+    (file,) = (tmp_path / "edgetune" / "runtime").iterdir()
+    file.write_bytes(damage)
+    assert baseline.runtime_bytes(bundle_of("hosvd"), "onnxruntime") == 81 * MIB and len(measured) == 2
+
+
+def test_where_nothing_can_be_written_the_figure_is_still_rounded(
+    measured: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
+    found = [baseline.runtime_bytes(bundle_of("hosvd"), "onnxruntime") for _ in range(2)]
+    assert found == [81 * MIB] * 2 and len(measured) == 2
+    monkeypatch.setenv("XDG_CACHE_HOME", os.path.relpath(tmp_path))  # not absolute: ignored, as the standard says
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    baseline.runtime_bytes(bundle_of("hosvd"), "onnxruntime")
+    assert list((tmp_path / "home" / ".cache" / "edgetune" / "runtime").iterdir())
