@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -86,6 +86,8 @@ class TrainingSession:
         self.hyper.update(hyper or {})
         self._step = 0
         self._report: StepReport | None = None
+        self.phase_ended: Callable[[str], None] | None = None
+        """Called in every step when ``train`` and when ``update`` has run, before anything of it is let go."""
         # Copies, because the update writes into these buffers.
         self._parameters = {n: self._runtime.put(v) for n, v in bundle.initial_parameters().items()}
         self._buffers = {n: self._runtime.put(v) for n, v in bundle.initial_buffers().items()}
@@ -217,6 +219,8 @@ class TrainingSession:
         loss = scalars["loss"]
         energy = {s.name: scalars[s.energy] for s in self._manifest.saved if s.energy is not None}
         seconds["train"] = time.perf_counter() - begin
+        if self.phase_ended is not None:
+            self.phase_ended("train")
         begin = time.perf_counter()
         finite = math.isfinite(loss) and self._is_finite(gradients)
         norm = self._update(gradients) if finite else math.nan
@@ -225,6 +229,8 @@ class TrainingSession:
             assert self._codec_inputs is not None
             self._codec_inputs.carry({name: self._runtime.get(value) for name, value in carried.items()})
         seconds["update"] = time.perf_counter() - begin
+        if self.phase_ended is not None:
+            self.phase_ended("update")
         gradients.clear()
         self._runtime.settle()
         self._report = StepReport(loss, self._correct(scalars), len(y), energy, norm, seconds, finite)
