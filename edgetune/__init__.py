@@ -118,6 +118,10 @@ def plan(
     codec: str | None = None,
     allocation: str = "uniform",
     rate: float | None = None,
+    micro_batch: int | None = None,
+    tail_micro_batch: int | None = None,
+    trained: int | None = None,
+    cache: str | int | None = None,
 ) -> Plan:
     """Return the plan for ``bundle``: codecs and ranks, and what they take, at the largest ε that fits the budget.
 
@@ -131,6 +135,10 @@ def plan(
         allocation: ``uniform``, one codec and one ε for all; ``per-layer``, for each tensor those with which the total
             gradient error is the least that the budget allows.
         rate: fix how much codecs that count elements keep: one of ``rate``.
+        micro_batch: fix the samples per run of the trunk; None: the planner chooses (docs/budget.md has the order).
+        tail_micro_batch: fix the samples per run of the train graph; fewer than ``batch``: the gradient is accumulated.
+        trained: fix how many weight layers before the head are trained, counted from the output.
+        cache: what features that are kept from pass to pass may take; None: nothing.
 
     Raises:
         BudgetError: nothing fits; the message names the least budget that does.
@@ -149,6 +157,10 @@ def plan(
         codec=codec,
         allocation=allocation,
         rate=rate,
+        micro_batch=micro_batch,
+        tail_micro_batch=tail_micro_batch,
+        trained=trained,
+        cache_bytes=None if cache is None else parse_bytes(cache),
     )
 
 

@@ -27,6 +27,10 @@ def plan_bundle(
     codec: str | None = None,
     allocation: str = "uniform",
     rate: float | None = None,
+    micro_batch: int | None = None,
+    tail_micro_batch: int | None = None,
+    trained: int | None = None,
+    cache_bytes: int | None = None,
 ) -> Plan:
     """Calibrate on the batches (inputs, targets) of ``calibration`` if given, then plan; see :func:`edgetune.plan`."""
     from edgetune.planning.plan import RESERVE_BYTES, make_plan
@@ -49,6 +53,10 @@ def plan_bundle(
         codec=codec,
         allocation=allocation,
         rate=rate,
+        micro_batch=micro_batch,
+        tail_micro_batch=tail_micro_batch,
+        trained=trained,
+        cache_bytes=cache_bytes,
     )
 
 

@@ -10,6 +10,7 @@ A bundle is a directory of plain files::
     train.flat.onnx       the same with every function inlined, in the order in which it must be executed
     calibrate.onnx        features, parameters -> Gram matrices of every tensor that will be compressed
     update.onnx           parameters, gradients, optimizer state -> new parameters, new state
+    accumulate.onnx       the mean (or sum) of gradients so far, those of the next piece of a batch -> that of both
     predict.onnx          features, parameters -> the model's outputs
 
 This module may know numpy, safetensors and the errors; it must not know onnx, a runtime, or how a graph was made.
@@ -32,7 +33,7 @@ from safetensors import safe_open
 from edgetune.errors import BundleError, UsageError, choices
 from edgetune.plain import from_plain
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 TRACED = "traced"
 """Kind of a loss that the user gave with the model."""
 MANIFEST = "manifest.json"
@@ -274,10 +275,15 @@ class PreprocessSpec:
 @dataclass(frozen=True)
 class LossSpec:
     """``kind`` is a loss that the exporter knows, or ``traced``: one that the user gave with the model. ``config`` are
-    its settings (label smoothing, class weights, ...), as far as they differ from their defaults."""
+    its settings (label smoothing, class weights, ...), as far as they differ from their defaults.
+
+    ``pieces`` says how the losses (and gradients) of the pieces of a batch make that of the whole: their ``mean``,
+    each weighed by what counted in it, or their ``sum``; empty where the step cannot be made in pieces.
+    """
 
     kind: str = "cross_entropy"
     config: Mapping[str, Any] = field(default_factory=dict)
+    pieces: str = ""
 
 
 @dataclass(frozen=True)

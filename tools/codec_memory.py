@@ -21,6 +21,7 @@ import numpy as np
 
 from edgetune.bundle import Array, Bundle
 from edgetune.engines import heap
+from edgetune.engines.checks import checked_targets
 from edgetune.engines.session import TrainingSession
 from edgetune.planning.lifetimes import boundary_of
 from edgetune.planning.plan import Plan
@@ -170,8 +171,10 @@ def _stop_onnxruntime(session: TrainingSession) -> Stop:
         features, y = given
         feeds = {name: runtime.put(value) for name, value in zip(names, features, strict=True)}
         features.clear()
-        feeds[session._manifest.targets.name] = runtime.put(session._checked_targets(_arrays(runtime, feeds, names), y))
-        feeds |= session._state_feeds() | session._run_time_inputs(len(y))
+        feeds[session._manifest.targets.name] = runtime.put(
+            checked_targets(session._manifest, _arrays(runtime, feeds, names), y)
+        )
+        feeds |= session._state.feeds() | session._run_time_inputs(len(y))
         made = runtime.run("train", feeds, first.outputs, stage=0)
         feeds = {name: value for name, value in feeds.items() if name not in dropped}
         found = tell()

@@ -184,10 +184,10 @@ class Study:
         if any(mode.source == "carried" for spec in self.session._manifest.saved for mode in spec.modes):
             for features, y in self.earlier:  # the factors that it carries are those of earlier batches
                 self.session.step_features(features, y)
-        scalars, handles, _, _ = self.session._train(self.features, self.y)
+        ran = self.session._train(tuple(self.features), self.y)
         runtime = self.session._runtime
-        made = {n.removeprefix("gradient/"): np.array(runtime.get(h), np.float64) for n, h in handles.items()}
-        return made, {name: value for name, value in scalars.items() if name.startswith("energy/")}
+        made = {n.removeprefix("gradient/"): np.array(runtime.get(h), np.float64) for n, h in ran.gradients.items()}
+        return made, {name: value for name, value in ran.scalars.items() if name.startswith("energy/")}
 
     def write(self, codec: str, plan: Plan) -> Path:
         """Write ``plan`` to a folder of its own, for another process; return the folder."""

@@ -48,23 +48,27 @@ class CodecInputs:
         self._carried: dict[str, Array] = {}
         self.carry({name: value for name, value in (carried or {}).items() if name in self._drawn})
 
-    def feeds(self, step: int, samples: int) -> dict[str, Handle]:
-        """Return all of them for a batch of ``samples``.
+    def feeds(self, step: int, samples: int, piece: int = 0) -> dict[str, Handle]:
+        """Return all of them for ``samples``, the piece number ``piece`` of a step's batch.
 
-        Every step draws its own sketches and noise: an unlucky one costs energy in one step, not in all. They follow
-        from the seed and the step alone, so a resumed session draws the same.
+        Every piece draws its own sketches and noise: an unlucky one costs energy in one piece, not in all. They follow
+        from the seed, the step and the piece alone, so a resumed session draws the same.
         """
         feeds = dict(self._bases)
         for name, (saved, mode, rank) in self._drawn.items():
-            feeds[name] = self._runtime.put(self._drawn_array(name, saved, mode, rank, step, samples))
+            feeds[name] = self._runtime.put(self._drawn_array(name, saved, mode, rank, (step, piece), samples))
         return feeds
 
-    def _drawn_array(self, name: str, saved: str, mode: ModeSpec, rank: int, step: int, samples: int) -> Array:
+    def _drawn_array(
+        self, name: str, saved: str, mode: ModeSpec, rank: int, when: tuple[int, int], samples: int
+    ) -> Array:
         if mode.source == "count":
             return np.array([rank], np.int64)
         size = samples if mode.size is None else mode.size
         which = b"" if mode.letter == "b" else mode.letter.encode()
-        rng = np.random.default_rng([self._seed, step, *saved.encode(), *which])
+        step, piece = when
+        later = [256 + piece] if piece else []  # no byte of a name
+        rng = np.random.default_rng([self._seed, step, *saved.encode(), *which, *later])
         if mode.source == "noise":
             return rng.random(size, dtype=np.float32)
         shape = size, min(rank, size)
@@ -75,6 +79,10 @@ class CodecInputs:
     def carry(self, made: Mapping[str, Array]) -> None:
         """Keep what a step made for the next, by input name."""
         self._carried |= {name: np.array(value) for name, value in made.items()}
+
+    def restore(self, carried: Mapping[str, Array]) -> None:
+        """Forget what was carried, but for ``carried``."""
+        self._carried = dict(carried)
 
     def carried(self) -> dict[str, Array]:
         """Return what the next step continues from, by input name."""

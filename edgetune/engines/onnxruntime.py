@@ -175,7 +175,7 @@ class OnnxRuntime:
     def _model(self, graph: str, stage: int) -> str | bytes:
         """Return the file that holds one stage of ``graph``; where a plan chose from it, what remains of it."""
         spec = self._spec(graph)
-        if not spec.wires:
+        if not self._bundle.manifest.graphs[graph].choices:
             return str(self._bundle.path / spec.run_stages()[stage].file)
         chosen, stages = self._chosen[graph], spec.run_stages()
         begin = stages[stage - 1].end if stage else 0

@@ -7,24 +7,24 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TypeAlias
 
 import numpy as np
 
-from edgetune.bundle import TRACED, Array, Bundle
+from edgetune.bundle import Array, Bundle
 from edgetune.engines.calibration import calibrate
+from edgetune.engines.checks import Inputs, checked_inputs, checked_targets
 from edgetune.engines.choice import make_runtime
-from edgetune.engines.codec_inputs import NEXT, CodecInputs
+from edgetune.engines.codec_inputs import CodecInputs
+from edgetune.engines.pieces import Accumulation, Made, mass_of, run_train, slices
 from edgetune.engines.runtime import Handle
+from edgetune.engines.state import TrainedState
 from edgetune.errors import DataError, EngineError, UsageError, choices
+from edgetune.planning.knobs import check_splits
 from edgetune.planning.plan import Plan
 from edgetune.planning.rebase import promises, rebased
 from edgetune.planning.selection import default_selection, settle
-
-Inputs: TypeAlias = "Array | Mapping[str, Array]"
-"""An array [b, ...] for a model with one input, or arrays by the names of the inputs."""
 
 
 @dataclass(frozen=True)
@@ -84,19 +84,13 @@ class TrainingSession:
                 f"{self._manifest.optimizer.kind} knows no {choices(unknown)}; it has: {choices(self.hyper)}"
             )
         self.hyper.update(hyper or {})
-        self._step = 0
         self._report: StepReport | None = None
         self.phase_ended: Callable[[str], None] | None = None
-        """Called in every step when ``train`` and when ``update`` has run, before anything of it is let go."""
-        # Copies, because the update writes into these buffers.
-        self._parameters = {n: self._runtime.put(v) for n, v in bundle.initial_parameters().items()}
-        self._buffers = {n: self._runtime.put(v) for n, v in bundle.initial_buffers().items()}
-        self._slots = {
-            # full, not zeros: memory that the budget counts should be there from the start, not page by page
-            f"{slot}/{spec.name}": self._runtime.put(np.full(spec.shape, 0.0, np.float32))
-            for spec in self._manifest.parameters
-            for slot in self._manifest.optimizer.slots
-        }
+        """Called in every step when ``train`` (of each piece) and ``update`` have run, before anything is let go."""
+        self._open: Accumulation | None = None
+        self._before: dict[str, Array] | None = None  # what codecs carried before the step that is open
+        self._seconds: dict[str, float] = {}
+        self._state = TrainedState(bundle, self._runtime)
         self.set_plan(plan)
         for graph in ("train", "update"):
             self._runtime.load(graph)
@@ -112,16 +106,19 @@ class TrainingSession:
 
     def set_plan(self, plan: Plan) -> None:
         """Put ``plan`` into force with the next step: new ranks and bases; the train graph is loaded anew only where it
-        chooses other codecs.
+        chooses other codecs. Pieces of a step that was not finished are forgotten.
 
         Raises:
             EngineError: the plan is of another codec, or has no bases for a compressed tensor.
-            UsageError: it chooses a codec that the bundle does not offer.
+            UsageError: it chooses a codec that the bundle does not offer, or trains in pieces what has to be whole.
         """
         if plan.codec != self.bundle.manifest.codec:
             raise EngineError(
                 f"the plan is for codec '{plan.codec}', the bundle was exported with '{self.bundle.manifest.codec}'"
             )
+        if plan.tail_micro_batch < plan.batch:
+            check_splits(self.bundle.manifest)
+        self.discard()
         selection = default_selection(self.bundle.manifest) | dict(plan.selection)
         self._manifest = settle(self.bundle.manifest, selection)
         self._runtime.choose(selection)
@@ -140,11 +137,17 @@ class TrainingSession:
         modes = (mode for saved in self._manifest.saved for mode in saved.modes)
         if not any(mode.source == "basis" for mode in modes):
             raise UsageError("no codec in force has bases to refresh; what it keeps is found anew in every step")
-        calibration = calibrate(self, self.bundle.manifest, (self.features(x) for x in batches))
+        calibration = calibrate(self, self.bundle.manifest, self._features_by_piece(batches))
         if calibration is None:
             raise DataError("there is no batch to measure bases on; give one at least")
         self.set_plan(rebased(self.bundle.manifest, self._plan, calibration))
         return self._plan
+
+    def _features_by_piece(self, batches: Iterable[Inputs]) -> Iterator[tuple[Array, ...]]:
+        for x in batches:
+            inputs = checked_inputs(self._manifest, x)
+            for piece in slices(len(next(iter(inputs.values()))), self._plan.tail_micro_batch):
+                yield self.features({name: array[piece] for name, array in inputs.items()})
 
     @property
     def promises(self) -> dict[str, float]:
@@ -157,7 +160,7 @@ class TrainingSession:
     def _verify(self) -> None:
         specs = [*self._manifest.features, self._manifest.targets]
         feeds = {spec.name: self._runtime.put(np.zeros((1, *spec.shape), spec.dtype)) for spec in specs}
-        self._runtime.verify_order("train", feeds | self._state_feeds() | self._run_time_inputs(1))
+        self._runtime.verify_order("train", feeds | self._state.feeds() | self._run_time_inputs(1))
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -173,7 +176,7 @@ class TrainingSession:
 
         ``x`` is an array [b, *input], or a mapping from the names of the inputs to such arrays.
         """
-        inputs = self._checked_inputs(x)
+        inputs = checked_inputs(self._manifest, x)
         samples = len(next(iter(inputs.values())))
         if "trunk" not in self._manifest.graphs:
             return tuple(inputs[f.name] for f in self._manifest.features)
@@ -191,19 +194,26 @@ class TrainingSession:
 
     def gradients(self, x: Inputs, y: Array) -> tuple[float, dict[str, Array]]:
         """Return the loss and its gradient per trained tensor, under the model's own names; nothing is updated."""
-        return self.gradients_from(list(self.features(x)), y)
+        return self._only_gradients(self._pieces_of(x, y))
 
     def gradients_from(self, features: Sequence[Array], y: Array) -> tuple[float, dict[str, Array]]:
         """Return what :meth:`gradients` does, from the trunk's outputs; a list is emptied (:meth:`step_features`)."""
-        scalars, gradients, _, _ = self._train(features, y)
-        names = [spec.name for spec in self._manifest.parameters]
-        return scalars["loss"], {n: np.array(self._runtime.get(gradients[f"gradient/{n}"])) for n in names}
+        return self._only_gradients(self._pieces_from(features, y))
+
+    def _only_gradients(self, pieces: Iterable[tuple[list[Array], Array]]) -> tuple[float, dict[str, Array]]:
+        self.discard()
+        for features, y in pieces:
+            self.add(features, y)
+        done = self._opened()
+        self.discard()
+        return done.loss, done.arrays()
 
     def step(self, x: Inputs, y: Array) -> float:
-        """Do one optimizer update on the batch ``x`` (see :meth:`features`), ``y`` [b, *target]; return the loss."""
-        begin = time.perf_counter()
-        features = list(self.features(x))
-        return self._step_features(features, y, {"trunk": time.perf_counter() - begin})
+        """Do one optimizer update on the batch ``x`` (see :meth:`features`), ``y`` [b, *target]; return the loss.
+
+        Of a batch that is planned to be trained in pieces, the features of one piece are in memory at a time.
+        """
+        return self._update_from(self._pieces_of(x, y))
 
     def step_features(self, features: Sequence[Array], y: Array) -> float:
         """Do one optimizer update from the trunk's outputs; return the loss.
@@ -211,96 +221,139 @@ class TrainingSession:
         A list is emptied as soon as its tensors are no longer needed, so that a caller who holds them nowhere else
         does not pay for them during the backward pass.
         """
-        return self._step_features(features, y, {})
+        return self._update_from(self._pieces_from(features, y))
 
-    def _step_features(self, features: Sequence[Array], y: Array, seconds: dict[str, float]) -> float:
-        begin = time.perf_counter()
-        scalars, gradients, buffers, carried = self._train(features, y)
-        loss = scalars["loss"]
-        energy = {s.name: scalars[s.energy] for s in self._manifest.saved if s.energy is not None}
-        seconds["train"] = time.perf_counter() - begin
-        if self.phase_ended is not None:
-            self.phase_ended("train")
-        begin = time.perf_counter()
-        finite = math.isfinite(loss) and self._is_finite(gradients)
-        norm = self._update(gradients) if finite else math.nan
-        if finite:
-            self._buffers |= buffers
-            assert self._codec_inputs is not None
-            self._codec_inputs.carry({name: self._runtime.get(value) for name, value in carried.items()})
-        seconds["update"] = time.perf_counter() - begin
-        if self.phase_ended is not None:
-            self.phase_ended("update")
-        gradients.clear()
-        self._runtime.settle()
-        self._report = StepReport(loss, self._correct(scalars), len(y), energy, norm, seconds, finite)
-        return loss
+    def _update_from(self, pieces: Iterable[tuple[list[Array], Array]]) -> float:
+        self.discard()
+        for features, y in pieces:
+            self.add(features, y)
+        return self.finish()
 
-    @staticmethod
-    def _correct(scalars: Mapping[str, float]) -> int | None:
-        return round(scalars["correct"]) if "correct" in scalars else None
+    def _pieces_of(self, x: Inputs, y: Array) -> Iterator[tuple[list[Array], Array]]:
+        """Yield features and targets of one piece after the other."""
+        inputs = checked_inputs(self._manifest, x)
+        samples = len(next(iter(inputs.values())))
+        if samples != len(y):
+            raise DataError(f"{samples} samples with {len(y)} targets; expected as many")
+        for piece in slices(samples, self._plan.tail_micro_batch):
+            begin = time.perf_counter()
+            features = list(self.features({name: array[piece] for name, array in inputs.items()}))
+            self._seconds["trunk"] = self._seconds.get("trunk", 0.0) + time.perf_counter() - begin
+            yield features, y[piece]
 
-    def _run_time_inputs(self, samples: int) -> dict[str, Handle]:
-        assert self._codec_inputs is not None
-        return self._codec_inputs.feeds(self._step, samples)
+    def _pieces_from(self, features: Sequence[Array], y: Array) -> Iterator[tuple[list[Array], Array]]:
+        whole = list(features)
+        if isinstance(features, list):
+            features.clear()
+        checked_targets(self._manifest, whole, y)
+        if len(y) <= self._plan.tail_micro_batch:
+            yield whole, y
+            return
+        for piece in slices(len(y), self._plan.tail_micro_batch):
+            yield [array[piece] for array in whole], y[piece]
 
-    def _state_feeds(self) -> dict[str, Handle]:
-        """Return what a forward pass reads besides the features."""
-        return self._parameters | self._buffers
+    # -- a step in pieces -----------------------------------------------------------------------------------------
 
-    def _train(
-        self, features: Sequence[Array], y: Array
-    ) -> tuple[dict[str, float], dict[str, Handle], dict[str, Handle], dict[str, Handle]]:
-        """Run the train graph; return its scalars (loss, correct, energies), the gradients' handles by output name, the
-        new buffers by name, and by input name what codecs carry to the next step.
+    def add(self, features: Sequence[Array], y: Array) -> None:
+        """Train on one piece of a step, from the trunk's outputs (a list is emptied): forward, backward, and its
+        gradient is added to those of the pieces before. :meth:`finish` makes the update.
 
-        Scalars are read at once: a handle may keep all that was bound in the same run.
+        The pieces of a step have at most ``plan.tail_micro_batch`` samples each and ``plan.batch`` together, and give
+        the gradient of all of them as one batch, but for rounding and for what lossy codecs lose of a piece.
+
+        Raises:
+            DataError: more samples than planned, or what does not suit the bundle.
+            EngineError: the runtime failed. Nothing of the step is left: begin it again.
         """
-        y = self._checked_targets(features, y)
-        feeds = {f.name: self._runtime.put(v) for f, v in zip(self._manifest.features, features, strict=True)}
-        feeds[self._manifest.targets.name] = self._runtime.put(y)
-        feeds |= self._state_feeds() | self._run_time_inputs(len(y))
-        graph = self._manifest.graphs["train"]
-        scalars: dict[str, float] = {}
-        gradients: dict[str, Handle] = {}
-        buffers: dict[str, Handle] = {}
-        carried: dict[str, Handle] = {}
-        for index, stage in enumerate(graph.run_stages()):
-            if index:
-                for spec in self._manifest.features:
-                    feeds.pop(spec.name, None)
-                if isinstance(features, list):
-                    features.clear()
-            made = self._runtime.run("train", feeds, stage.outputs, stage=index)
-            for name in graph.outputs:
-                if name in made and name.startswith("gradient/"):
-                    gradients[name] = made[name]
-                elif name in made and name.startswith("new/"):
-                    buffers[name.removeprefix("new/")] = made[name]
-                elif name in made and name.startswith(NEXT):
-                    carried[name.removeprefix(NEXT)] = made[name]
-                elif name in made:
-                    scalars[name] = float(self._runtime.get(made[name]))
-            feeds |= made
-        return scalars, gradients, buffers, carried
+        try:
+            self._add(features, y)
+        except BaseException:
+            self.discard()
+            raise
 
-    def _is_finite(self, gradients: Mapping[str, Handle]) -> bool:
-        """Return whether the norm of the gradient is finite, before an update overwrites what it starts from."""
-        # A product with itself has no temporary of the tensor's size, and on a CPU the array is a view.
-        flat = (self._runtime.get(handle).reshape(-1) for handle in gradients.values())
-        return all(math.isfinite(np.vdot(values, values)) for values in flat)
+    def finish(self) -> float:
+        """Do the optimizer update of the pieces that were added; return the loss of all.
+
+        Where it, or the gradient, is not finite, nothing is applied; the report says so.
+
+        Raises:
+            EngineError: no piece was added.
+        """
+        done = self._opened()
+        begin = time.perf_counter()
+        finite = math.isfinite(done.loss) and done.is_finite()
+        norm = self._update(done.gradients) if finite else math.nan
+        if finite:
+            self._state.buffers |= done.buffers
+            self._before = None  # what codecs carry stays
+        self._seconds["update"] = time.perf_counter() - begin
+        self._ended("update")
+        correct = round(done.correct) if "correct" in self._manifest.graphs["train"].outputs else None
+        self._report = StepReport(done.loss, correct, done.samples, done.energy, norm, dict(self._seconds), finite)
+        self.discard()
+        self._runtime.settle()
+        return done.loss
+
+    def _ended(self, phase: str) -> None:
+        if self.phase_ended is not None:
+            self.phase_ended(phase)
+
+    def discard(self) -> None:
+        """Forget the pieces of a step that was not finished."""
+        if self._before is not None and self._codec_inputs is not None:
+            self._codec_inputs.restore(self._before)
+        self._open, self._before = None, None
+        self._seconds = {}
+
+    def _opened(self) -> Accumulation:
+        if self._open is None:
+            raise EngineError("there is no step to finish: add a piece of it first")
+        return self._open
+
+    def _add(self, features: Sequence[Array], y: Array) -> None:
+        plan, done = self._plan, self._open
+        added = 0 if done is None else done.samples
+        if len(y) + added > plan.batch:
+            raise DataError(
+                f"a batch of {len(y) + added} samples exceeds the planned {plan.batch}; plan with --batch "
+                f"{len(y) + added}"
+            )
+        if len(y) > plan.tail_micro_batch or (added and plan.tail_micro_batch == plan.batch):
+            raise DataError(
+                f"a piece of {len(y)} samples after {added}: the batch of {plan.batch} is planned to be trained by "
+                f"{plan.tail_micro_batch} at a time (--tail-micro-batch)"
+            )
+        assert self._codec_inputs is not None
+        if done is None:
+            done = self._open = Accumulation(self._manifest, self._runtime)
+            self._before = self._codec_inputs.carried()
+        begin = time.perf_counter()
+        targets = checked_targets(self._manifest, features, y)
+        in_pieces = plan.tail_micro_batch < plan.batch
+        mass = mass_of(self._manifest, targets) if in_pieces else 1.0
+        if mass > 0:
+            made = self._train(features, targets, done.pieces)
+            self._codec_inputs.carry({name: self._runtime.get(value) for name, value in made.carried.items()})
+            done.add(made, len(y), mass)
+        else:
+            done.skip(len(y))
+        self._ended("train")
+        if isinstance(features, list):
+            features.clear()
+        if in_pieces:
+            self._runtime.settle()
+        self._seconds["train"] = self._seconds.get("train", 0.0) + time.perf_counter() - begin
+
+    def _run_time_inputs(self, samples: int, piece: int = 0) -> dict[str, Handle]:
+        assert self._codec_inputs is not None
+        return self._codec_inputs.feeds(self._state.step, samples, piece)
+
+    def _train(self, features: Sequence[Array], targets: Array, piece: int = 0) -> Made:
+        fixed = self._state.feeds() | self._run_time_inputs(len(targets), piece)
+        return run_train(self._manifest, self._runtime, features, targets, fixed)
 
     def _update(self, gradients: Mapping[str, Handle]) -> float:
-        """Run update.onnx; every new value is written over the old one, which nothing reads any more by then."""
-        self._step += 1
-        spec = self._manifest.graphs["update"]
-        hyper = dict(self.hyper)
-        if "step" in hyper:
-            hyper["step"] = float(self._step)
-        feeds = {**gradients, **self._parameters, **self._slots}
-        into = {new: feeds[old] for new, old in spec.in_place.items()}
-        feeds |= {name: self._runtime.put(np.array(value, np.float32)) for name, value in hyper.items()}
-        return float(self._runtime.get(self._runtime.run("update", feeds, spec.outputs, into)["gradient_norm"]))
+        return self._state.update(self._manifest.graphs["update"], gradients, self.hyper)
 
     def predict(self, x: Inputs) -> Array:
         """Return the model's first output [b, ...] for ``x`` (see :meth:`features`) with the present parameters."""
@@ -308,7 +361,7 @@ class TrainingSession:
 
     def outputs(self, x: Inputs) -> dict[str, Array]:
         """Return all outputs of the model for ``x``, each [b, ...], by their names."""
-        inputs = self._checked_inputs(x)
+        inputs = checked_inputs(self._manifest, x)
         samples, size = len(next(iter(inputs.values()))), self._plan.micro_batch
         pieces = ({n: a[i : i + size] for n, a in inputs.items()} for i in range(0, samples, size))
         made = [self._outputs_from(self.features(piece)) for piece in pieces]
@@ -321,7 +374,7 @@ class TrainingSession:
     def _outputs_from(self, features: Sequence[Array]) -> dict[str, Array]:
         feeds = {f.name: self._runtime.put(v) for f, v in zip(self._manifest.features, features, strict=True)}
         wanted = {f"output/{spec.name}": spec.name for spec in self._manifest.outputs}
-        made = self._runtime.run("predict", feeds | self._state_feeds(), tuple(wanted))
+        made = self._runtime.run("predict", feeds | self._state.feeds(), tuple(wanted))
         return {wanted[name]: np.array(self._runtime.get(handle)) for name, handle in made.items()}
 
     def grams(self, features: Sequence[Array]) -> dict[str, dict[str, Array]]:
@@ -333,7 +386,7 @@ class TrainingSession:
         if result:
             feeds = {f.name: self._runtime.put(v) for f, v in zip(self._manifest.features, features, strict=True)}
             outputs = self._manifest.graphs["calibrate"].outputs
-            for name, handle in self._runtime.run("calibrate", feeds | self._state_feeds(), outputs).items():
+            for name, handle in self._runtime.run("calibrate", feeds | self._state.feeds(), outputs).items():
                 saved, letter = name.removeprefix("gram/").rsplit("/", 1)
                 result[saved][letter] = np.array(self._runtime.get(handle))
         return result
@@ -342,80 +395,21 @@ class TrainingSession:
 
     def parameters(self) -> dict[str, Array]:
         """Return copies of all trained tensors."""
-        return {name: np.array(self._runtime.get(handle)) for name, handle in self._parameters.items()}
+        return {name: np.array(self._runtime.get(handle)) for name, handle in self._state.parameters.items()}
 
     def state(self) -> dict[str, Array]:
         """Return copies of all that a later session needs to continue bit for bit."""
-        slots = {f"optimizer/{name}": np.array(self._runtime.get(handle)) for name, handle in self._slots.items()}
-        buffers = {f"buffer/{name}": np.array(self._runtime.get(handle)) for name, handle in self._buffers.items()}
-        carried = {f"carried/{name}": value for name, value in self._carried().items()}
-        return self.parameters() | slots | buffers | carried | {"step": np.array(self._step, np.int64)}
+        carried = self._carried() if self._before is None else self._before
+        return self._state.copies() | {f"carried/{name}": value for name, value in carried.items()}
 
     def load_state(self, state: Mapping[str, Array]) -> None:
-        """Continue from ``state``.
+        """Continue from ``state``. Pieces of a step that was not finished are forgotten.
 
         Raises:
             EngineError: a tensor is missing, or of another shape.
         """
-        places = {name: (self._parameters, name) for name in self._parameters}
-        places |= {f"optimizer/{name}": (self._slots, name) for name in self._slots}
-        places |= {f"buffer/{name}": (self._buffers, name) for name in self._buffers}
-        for name, (table, key) in places.items():
-            present = self._runtime.get(table[key]).shape
-            if name not in state or state[name].shape != present:
-                raise EngineError(f"the state does not fit this bundle: '{name}' should have the shape {present}")
-        if "step" not in state:
-            raise EngineError("the state does not fit this bundle: it has no 'step'")
-        for name, (table, key) in places.items():
-            table[key] = self._runtime.put(np.array(state[name], np.float32))
+        self.discard()
+        self._state.load(state)
         assert self._codec_inputs is not None
         prefix = "carried/"
         self._codec_inputs.carry({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
-        self._step = int(state["step"])
-
-    # -- checks ---------------------------------------------------------------------------------------------------
-
-    def _checked_inputs(self, x: Inputs) -> dict[str, Array]:
-        """Return the inputs by name, each contiguous and of its type."""
-        specs = {spec.name: spec for spec in self._manifest.inputs}
-        given = x if isinstance(x, Mapping) else {next(iter(specs)): x}
-        if given.keys() != specs.keys():
-            raise DataError(f"expected the inputs {choices(specs)}; found {choices(given)}")
-        for name, spec in specs.items():
-            array = given[name]
-            if array.ndim != 1 + len(spec.shape) or tuple(array.shape[1:]) != spec.shape or not len(array):
-                expected = ", ".join(map(str, ("batch", *spec.shape)))
-                raise DataError(f"expected input '{name}' [{expected}], found {list(array.shape)}")
-        if len({len(array) for array in given.values()}) > 1:
-            raise DataError(f"inputs of different batches: { {name: len(array) for name, array in given.items()} }")
-        return {name: np.ascontiguousarray(given[name], spec.dtype) for name, spec in specs.items()}
-
-    def _checked_targets(self, features: Sequence[Array], y: Array) -> Array:
-        """Return the targets, contiguous and of their type."""
-        if len(y) > self._plan.batch:
-            raise DataError(
-                f"a batch of {len(y)} samples exceeds the planned {self._plan.batch}; plan with --batch {len(y)}"
-            )
-        expected, found = [(len(y), *f.shape) for f in self._manifest.features], [f.shape for f in features]
-        if not len(y) or found != expected:
-            raise DataError(f"{len(y)} targets need features of the shapes {expected}, found {found}")
-        spec = self._manifest.targets
-        whole = np.issubdtype(np.dtype(spec.dtype), np.integer)
-        if y.shape[1:] != spec.shape or (whole and not np.issubdtype(y.dtype, np.integer)):
-            shape = ", ".join(map(str, ("batch", *spec.shape)))
-            kind = "an integer type" if whole else spec.dtype
-            raise DataError(f"expected targets [{shape}] of {kind}, found {list(y.shape)} of {y.dtype}")
-        self._check_labels(y)
-        return np.ascontiguousarray(y, spec.dtype)
-
-    def _check_labels(self, y: Array) -> None:
-        """Raise DataError if a label is none of the classes (nor the label to be ignored)."""
-        if self._manifest.loss.kind == TRACED or not np.issubdtype(y.dtype, np.integer):
-            return
-        ignored = self._manifest.loss.config.get("ignore_index")
-        counted = y if ignored is None else y[y != ignored]
-        classes = max(2, self._manifest.outputs[0].shape[0])  # a single output is one of two classes
-        if counted.size and (counted.min() < 0 or counted.max() >= classes):
-            raise DataError(
-                f"targets reach from {counted.min()} to {counted.max()}; the model has the classes 0 to {classes - 1}"
-            )

@@ -208,10 +208,11 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
     weights.write(root)
 
     menu = with_fallback(menu_from(options.codec))
+    pieces = "" if buffers else _pieces(options)
     writer = GraphWriter(
         root, graph, split, weights, selection, {p: v.shape for p, v in values.items()},
         {b: v.shape for b, v in state.items()}, targets, loss, menu, menu if options.compress == "all" else (),
-        options.optimizer,
+        options.optimizer, pieces,
     )  # fmt: skip
     graphs, saved = writer.write()
     optimizer = optimizer_named(options.optimizer)
@@ -229,7 +230,9 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
         targets=targets,
         classes=_classes(outputs[0], options),
         preprocess=_preprocess(inputs[0].shape, options),
-        loss=LossSpec(TRACED) if loss is None else LossSpec(options.loss, _settings(options.loss_config())),
+        loss=LossSpec(TRACED, pieces=pieces)
+        if loss is None
+        else LossSpec(options.loss, _settings(options.loss_config()), pieces),
         optimizer=OptimizerSpec(options.optimizer, optimizer.slots, dict(optimizer.scalars)),
         codec="+".join(label_of(codec) for codec in menu),
         layers=tuple(writer.layer_specs()),
@@ -239,6 +242,14 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
         buffers=tuple(TensorSpec(b, v.shape) for b, v in state.items()),
         adapter=adapter,
     )
+
+
+def _pieces(options: ExportOptions) -> str:
+    """Return how the losses of the pieces of a batch make that of the whole, as ``LossSpec.pieces``."""
+    if options.traces_loss:
+        return ""
+    # Smoothed labels leave a cost where the weights of a piece sum to nothing, which no mean over the piece can tell.
+    return "" if options.label_smoothing and 0.0 in options.class_weights else "mean"
 
 
 def _refuse_other_floats(graph: ForwardGraph, selection: Selection) -> None:

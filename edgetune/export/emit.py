@@ -172,9 +172,9 @@ def write_graph(
         workspaces=tuple(workspaces(flat.graph.node, shapes)),
         stages=stages,
         in_place=dict(in_place or {}),
-        wires=wires if choices else (),
+        wires=wires if choices or in_place or forward_ends else (),
         choices=choices,
-        ends=tuple(sorted(ends)) if choices else (),
+        ends=tuple(sorted(ends)),
     )
 
 

@@ -1,4 +1,5 @@
-"""update.onnx: one optimizer step for all parameters, as standard operators. Knows the builder.
+"""update.onnx: one optimizer step for all parameters, and accumulate.onnx: the gradient of a batch in pieces, as
+standard operators. Knows the builder.
 
 No tensor of a parameter's size is made but what lies in the buffers that are there already: those of the parameter, its
 slots and its gradient. Memory that is asked for anew at every step costs more than the arithmetic: an operator over 2.4
@@ -162,4 +163,31 @@ def emit_update(
             place = role.partition(".")[0]
             output = f"{role}/{name}" if role != place else f"new/{buffers[place]}"
             results[output], in_place[output] = emitted, buffers[place]
+    return results, in_place
+
+
+ACCUMULATED = "accumulated"
+KEEP, SHARE = "keep", "share"
+"""Inputs of accumulate.onnx: the weights of what was accumulated before and of what is added."""
+
+
+def emit_accumulation(
+    g: GraphBuilder, parameters: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Emit ``a <- keep * a + share * g`` for the gradients of ``parameters``; return as :func:`emit_update`.
+
+    Inputs by name: ``accumulated/<parameter>``, ``gradient/<parameter>``, and the scalars ``keep`` and ``share``.
+    Outputs by name: ``new/accumulated/<parameter>``, and what lies in one of the buffers for a while.
+    """
+    results: dict[str, str] = {}
+    in_place: dict[str, str] = {}
+    for name in parameters:
+        g.scope = f"accumulate/{name}"
+        before, fresh = f"{ACCUMULATED}/{name}", f"gradient/{name}"
+        kept = g.op("Mul", before, KEEP, hint="kept")
+        shared = g.op("Mul", fresh, SHARE, hint="share")
+        made = {f"kept/{name}": (kept, before), f"share/{name}": (shared, fresh)}
+        made[f"new/{before}"] = g.op("Add", kept, shared, hint="sum"), before
+        results |= {output: emitted for output, (emitted, _) in made.items()}
+        in_place |= {output: buffer for output, (_, buffer) in made.items()}
     return results, in_place

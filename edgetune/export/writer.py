@@ -20,7 +20,7 @@ from edgetune.bundle import GraphSpec, LayerSpec, ModeSpec, OptionSpec, SavedSpe
 from edgetune.codecs import Codec, Dense, Mode, Source, count_grid, label_of
 from edgetune.codecs.base import config_of
 from edgetune.export.emit import Value, WeightFile, write_graph
-from edgetune.export.optimizers import emit_update, optimizer_named
+from edgetune.export.optimizers import ACCUMULATED, KEEP, SHARE, emit_accumulation, emit_update, optimizer_named
 from edgetune.export.selection import Selection
 from edgetune.export.split import Split
 
@@ -35,6 +35,7 @@ class GraphWriter:
         loss: what is emitted behind the first output; None where the loss is traced.
         menu: the codecs for the inputs of the trained layers; ``values`` those for all other tensors (none: kept as
             they are).
+        pieces: as ``LossSpec.pieces``.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class GraphWriter:
         menu: Sequence[Codec],
         values: Sequence[Codec],
         optimizer: str,
+        pieces: str,
     ) -> None:
         self.root, self.graph, self.split, self.weights = root, graph, split, weights
         self.selection, self.parameters, self.buffers = selection, parameters, buffers
         self.targets, self.loss, self.optimizer = targets, loss, optimizer
         self.menu, self.values = tuple(menu), tuple(values)
+        self.pieces = pieces
         self.inputs = [self._value(name, "feature") for name in split.features]
         self.parameter_values = [Value(p, shape, "parameter") for p, shape in parameters.items()]
         self.buffer_values = [Value(name, shape, "buffer") for name, shape in buffers.items()]
@@ -73,6 +76,8 @@ class GraphWriter:
             graphs["calibrate"] = self._calibrate()
         graphs["predict"] = self._predict()
         graphs["update"] = self._update()
+        if self.pieces:
+            graphs["accumulate"] = self._accumulate()
         return graphs, saved
 
     def layer_specs(self) -> list[LayerSpec]:
@@ -176,6 +181,16 @@ class GraphWriter:
         outputs = [dataclasses.replace(kinds[old], name=new) for new, old in in_place.items()]
         outputs.append(Value("gradient_norm", (), "output"))
         return self._write("update", g, None, inputs, outputs, emitted, None, in_place=in_place)
+
+    def _accumulate(self) -> GraphSpec:
+        before = [Value(f"{ACCUMULATED}/{p}", shape, "gradient") for p, shape in self.parameters.items()]
+        fresh = [Value(f"gradient/{p}", shape, "gradient") for p, shape in self.parameters.items()]
+        inputs = [*before, *fresh, Value(KEEP, (), "scalar"), Value(SHARE, (), "scalar")]
+        g = GraphBuilder(taken={value.name for value in inputs})
+        emitted, in_place = emit_accumulation(g, self.parameters)
+        kinds = {value.name: value for value in inputs}
+        outputs = [dataclasses.replace(kinds[old], name=new) for new, old in in_place.items()]
+        return self._write("accumulate", g, None, inputs, outputs, emitted, None, in_place=in_place)
 
     def _write(
         self,

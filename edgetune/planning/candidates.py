@@ -18,7 +18,14 @@ from edgetune.planning.spectra import Calibration, Ranks
 
 @dataclass(frozen=True)
 class Limits:
-    """What a plan must hold, and what is known of the process that will run it; see ``plan.make_plan``."""
+    """What a plan must hold, what is known of the process that will run it (see ``plan.make_plan``), and the knobs that
+    do not touch what a saved tensor is kept as.
+
+    Attributes:
+        micro_batch: samples per run of the trunk; None: as many as fit.
+        tail_micro_batch: samples per run of the train graph; None: the whole batch.
+        cache_bytes: what the features that are kept from pass to pass may take.
+    """
 
     batch: int
     runtime_bytes: int
@@ -26,6 +33,14 @@ class Limits:
     activation_budget_bytes: int | None = None
     correction_bytes: int = 0
     reserve_bytes: int = 0
+    micro_batch: int | None = None
+    tail_micro_batch: int | None = None
+    cache_bytes: int = 0
+
+    @property
+    def piece(self) -> int:
+        """Samples per run of the train graph."""
+        return self.batch if self.tail_micro_batch is None else self.tail_micro_batch
 
 
 @dataclass(frozen=True)
@@ -57,16 +72,17 @@ class Candidate:
 
     @cached_property
     def saved(self) -> Mapping[str, Mapping[str, int]]:
-        """Bytes of what is stored, by saved tensor and tensor of the train graph."""
-        return saved_bytes_by_tensor(self.manifest, batch=self.limits.batch, ranks=self.ranks)
+        """Bytes of what is stored at once, by saved tensor and tensor of the train graph."""
+        return saved_bytes_by_tensor(self.manifest, batch=self.limits.piece, ranks=self.ranks)
 
     @property
     def saved_bytes(self) -> int:
         """The bytes of all that is stored, each tensor once."""
         return sum({name: size for tensors in self.saved.values() for name, size in tensors.items()}.values())
 
-    def cost(self, micro_batch: int = 1) -> Prediction:
-        """Return what the process needs."""
+    def cost(self, micro_batch: int | None = None) -> Prediction:
+        """Return what the process needs; with no ``micro_batch``, at the one that is given, or else the least."""
+        micro_batch = micro_batch or self.limits.micro_batch or 1
         if micro_batch not in self._predictions:
             limits = self.limits
             self._predictions[micro_batch] = predict(
@@ -76,14 +92,16 @@ class Candidate:
                 ranks=self.ranks,
                 runtime_bytes=limits.runtime_bytes,
                 correction_bytes=limits.correction_bytes,
+                tail_micro_batch=limits.piece,
+                cache_bytes=limits.cache_bytes,
             )
         return self._predictions[micro_batch]
 
-    def needed_bytes(self, micro_batch: int = 1) -> int:
+    def needed_bytes(self, micro_batch: int | None = None) -> int:
         """Return the least budget that this fits: the predicted peak and the reserve."""
         return self.cost(micro_batch).peak_bytes + self.limits.reserve_bytes
 
-    def fits(self, micro_batch: int = 1) -> bool:
+    def fits(self, micro_batch: int | None = None) -> bool:
         """Tell whether this is within both budgets."""
         limits = self.limits
         if limits.activation_budget_bytes is not None and self.saved_bytes > limits.activation_budget_bytes:
@@ -105,12 +123,12 @@ class Workbench:
             UsageError: no tensor has an option of that label, or a number is out of range.
         """
         selection = default_selection(self.manifest, codec)
-        batch, known = self.limits.batch, self.calibration
+        piece, known = self.limits.piece, self.calibration
         value = 1.0 if epsilon is None else epsilon
         rates = {
-            spec.name: at_rate(spec, selection[spec.name], rate, known, batch)
+            spec.name: at_rate(spec, selection[spec.name], rate, known, piece)
             if rate is not None
-            else rated(spec, selection[spec.name], value, known, batch)
+            else rated(spec, selection[spec.name], value, known, piece)
             for spec in self.manifest.saved
         }
         return self.mixed(rates, epsilon)

@@ -122,7 +122,7 @@ class Mixing:
         self._slots: list[tuple[FloatArray, IntArray, IntArray]] = []
         base = np.maximum(profiles.base() + limits.correction_bytes + limits.reserve_bytes, 0)
         for spec in bench.manifest.saved:
-            every = all_rates(spec, bench.calibration, limits.batch, extra)
+            every = all_rates(spec, bench.calibration, limits.piece, extra)
             rates = [one for one in every if profiles.allows(spec, one.label)]
             changed = np.stack([profiles.change(spec, one) for one in rates])  # [o,t], of either sign
             least = changed.min(axis=0)

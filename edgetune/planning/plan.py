@@ -14,6 +14,7 @@ from edgetune.bundle import Manifest
 from edgetune.errors import UsageError, choices
 from edgetune.plain import from_plain
 from edgetune.planning.candidates import Candidate, Limits, Workbench
+from edgetune.planning.knobs import check_samples, check_splits, check_trained, layers_before_head
 from edgetune.planning.per_layer import least_error
 from edgetune.planning.prediction import Prediction, dense_bytes, predict
 from edgetune.planning.sizes import rank_symbol
@@ -40,7 +41,7 @@ class PlanRow:
 
     Attributes:
         input_shape: excludes the batch.
-        dense_bytes: the input in float32, for the plan's batch.
+        dense_bytes: the input in float32, for the samples of one run of the train graph.
         ranks: by mode letter; empty where the codec truncates nothing.
         stored_bytes: what is kept of it. Layers that read the same tensor each show it; it is stored once.
         ratio: ``dense_bytes / stored_bytes``.
@@ -73,6 +74,11 @@ class Plan:
     Attributes:
         batch: samples per training step.
         micro_batch: samples per run of the trunk.
+        tail_micro_batch: samples per run of the train graph; less than ``batch`` where the gradient of a step is
+            accumulated over the pieces of its batch.
+        trained: how many of the bundle's trained weight layers before the head are trained, counted from the output as
+            ``--last`` does; the head is trained besides, the rest of the tail frozen.
+        cache_bytes: what the features that are kept from pass to pass may take; 0: none are kept.
         codec: the bundle's codec, or its menu.
         epsilon: the ε of every truncated mode; None where the codec truncates nothing, and where each tensor has its
             own (``rows`` have those).
@@ -81,7 +87,7 @@ class Plan:
         activation_budget_bytes: what may be saved for the backward pass; None: not limited.
         ledger: as ``Prediction.ledger``; sums to ``predicted_peak_bytes``.
         predicted_peak_bytes: of the whole process.
-        saved_bytes: what the forward pass keeps for weight gradients, each tensor once.
+        saved_bytes: what the forward pass keeps for weight gradients, each tensor once: at once, so of one piece.
         dense_saved_bytes: the same saved tensors without any codec, in float32.
         bottleneck: ``<graph>/<node>`` at the predicted peak.
         correction_bytes: measured minus predicted peak of an earlier step, included in the prediction.
@@ -97,6 +103,9 @@ class Plan:
 
     batch: int
     micro_batch: int
+    tail_micro_batch: int
+    trained: int
+    cache_bytes: int
     codec: str
     epsilon: float | None
     ranks: Mapping[str, Mapping[str, int]]
@@ -116,11 +125,11 @@ class Plan:
     calibration: Calibration | None = field(default=None, compare=False, repr=False)
 
     def symbols(self) -> dict[str, int]:
-        """Return the values of all symbols in the bundle's shapes: ``batch`` and the ranks."""
+        """Return the values of all symbols in the train graph's shapes: ``batch`` and the ranks."""
         ranks = {
             rank_symbol(saved, letter): rank for saved, modes in self.ranks.items() for letter, rank in modes.items()
         }
-        return {"batch": self.batch, **ranks}
+        return {"batch": self.tail_micro_batch, **ranks}
 
     def to_json(self) -> str:
         """Return the plan, without its calibration, as JSON text; :meth:`from_json` reads it back equal."""
@@ -158,6 +167,10 @@ def make_plan(
     codec: str | None = None,
     allocation: str = "uniform",
     rate: float | None = None,
+    micro_batch: int | None = None,
+    tail_micro_batch: int | None = None,
+    trained: int | None = None,
+    cache_bytes: int | None = None,
 ) -> Plan:
     """Return the plan that keeps most of the saved tensors within the budgets.
 
@@ -185,7 +198,15 @@ def make_plan(
     """
     _check(batch, epsilon, budget_bytes, activation_budget_bytes)
     _check_choices(allocation, codec, epsilon, rate)
-    limits = Limits(batch, runtime_bytes, budget_bytes, activation_budget_bytes, correction_bytes, reserve_bytes)
+    check_samples("--micro-batch", micro_batch, batch)
+    check_samples("--tail-micro-batch", tail_micro_batch, batch)
+    check_trained(manifest, trained)
+    if tail_micro_batch is not None and tail_micro_batch < batch:
+        check_splits(manifest)
+    limits = Limits(
+        batch, runtime_bytes, budget_bytes, activation_budget_bytes, correction_bytes, reserve_bytes,
+        micro_batch, tail_micro_batch, cache_bytes or 0,
+    )  # fmt: skip
     measured = calibration
     if calibration is None:
         calibration = identity_calibration(manifest, batch)
@@ -207,15 +228,20 @@ def plan_of(
 ) -> Plan:
     """Return the plan of ``chosen``, with the largest micro-batch that fits."""
     limits, manifest = chosen.limits, chosen.manifest
-    if limits.budget_bytes is None:
-        micro_batch = min(USUAL_SAMPLES_PER_RUN, limits.batch)
+    if limits.micro_batch is not None:
+        micro_batch = limits.micro_batch
+    elif limits.budget_bytes is None:
+        micro_batch = min(USUAL_SAMPLES_PER_RUN, limits.piece)
     else:
-        powers = [1 << k for k in range(min(limits.batch, MOST_SAMPLES_PER_RUN).bit_length())]
+        powers = [1 << k for k in range(min(limits.piece, MOST_SAMPLES_PER_RUN).bit_length())]
         micro_batch = powers[last_that(lambda index: chosen.fits(powers[index]), len(powers)) or 0]
     prediction = chosen.cost(micro_batch)
     return Plan(
         batch=limits.batch,
         micro_batch=micro_batch,
+        tail_micro_batch=limits.piece,
+        trained=layers_before_head(manifest),
+        cache_bytes=limits.cache_bytes,
         codec=manifest.codec,
         epsilon=chosen.epsilon,
         ranks=chosen.ranks,
@@ -224,7 +250,7 @@ def plan_of(
         ledger=prediction.ledger,
         predicted_peak_bytes=prediction.peak_bytes,
         saved_bytes=chosen.saved_bytes,
-        dense_saved_bytes=sum(dense_bytes(spec, limits.batch) for spec in manifest.saved),
+        dense_saved_bytes=sum(dense_bytes(spec, limits.piece) for spec in manifest.saved),
         bottleneck=prediction.bottleneck,
         correction_bytes=limits.correction_bytes,
         rows=_rows(chosen, calibration),
@@ -237,7 +263,7 @@ def plan_of(
 
 
 def _rows(chosen: Candidate, calibration: Calibration | None) -> tuple[PlanRow, ...]:
-    specs, batch = {spec.name: spec for spec in chosen.manifest.saved}, chosen.limits.batch
+    specs, batch = {spec.name: spec for spec in chosen.manifest.saved}, chosen.limits.piece
     rows = []
     for layer in chosen.manifest.layers:
         spec, one = specs[layer.saved], chosen.rates[layer.saved]

@@ -19,6 +19,8 @@ from edgetune.planning.sizes import itemsize, nbytes
 _FLOAT_BYTES = 4
 _LINE_OF = {"feature": "features", "saved": "saved", "gradient": "gradients", "workspace": "workspace"}
 _FIXED_LINES = ("runtime", "weights", "parameters", "optimizer", "bases")
+ALWAYS_THERE = (*_FIXED_LINES, "replay")
+"""The lines of a ledger that are resident in every phase."""
 _PHASE_LINES = ("features", "saved", "gradients", "transient", "workspace")
 
 
@@ -28,8 +30,8 @@ class Prediction:
 
     Attributes:
         ledger: bytes by line (runtime, weights, parameters, optimizer, bases: always; features, saved, gradients,
-            transient, workspace: at the peak of the worst phase; correction: where a measurement gave one). They sum
-            to ``peak_bytes``.
+            transient, workspace: at the peak of the worst phase; replay: of the feature cache, where there is one;
+            correction: where a measurement gave one). They sum to ``peak_bytes``.
         peaks: by graph, the peak of the phase that runs it: all but the lines that are always there.
         bottleneck: ``<graph>/<node>`` at the peak of the worst phase; empty for a bundle without graphs.
     """
@@ -48,19 +50,24 @@ def predict(
     ranks: Mapping[str, Mapping[str, int]],
     runtime_bytes: int,
     correction_bytes: int = 0,
+    tail_micro_batch: int | None = None,
+    cache_bytes: int = 0,
 ) -> Prediction:
-    """Return what training with batches of ``batch`` samples needs when the trunk runs on ``micro_batch`` at a time.
+    """Return what training with batches of ``batch`` samples needs when the trunk runs on ``micro_batch`` at a time,
+    and the train graph on ``tail_micro_batch`` (None: on the whole batch).
 
-    ``manifest`` is settled (``planning.selection``): every saved tensor has one option.
+    ``manifest`` is settled (``planning.selection``): every saved tensor has one option, and what is frozen is gone.
 
     Always there: the runtime; the constants of all graphs, once per name (they point into one file); parameters and
     optimizer state (float32); the bases that the train graph reads, and the full ones of which they are columns.
+    And ``cache_bytes`` of features that are kept from pass to pass.
     On top, the largest of these phases (a graph that the bundle lacks is skipped):
 
-    - trunk and predict at ``micro_batch`` samples; besides the trunk, the features of the whole batch;
-    - train and calibrate at ``batch`` samples: the features are their inputs;
-    - update, with the gradients as its inputs and the features still held by whoever called for the step (where the
-      train graph comes in stages, the features are gone by then).
+    - trunk and predict at ``micro_batch`` samples; besides the trunk, the features of one run of the train graph;
+    - train and calibrate at ``tail_micro_batch`` samples: the features are their inputs;
+    - accumulate, where a batch is trained in pieces, with the gradients of the piece and those of all before it; the
+      latter are there while trunk and train graph run, too;
+    - update, with the gradients as its inputs (a session lets the features go before it).
 
     Inputs of a graph belong to the caller, so they are counted until it ends, wherever its last use is.
     ``correction_bytes`` (measured minus predicted, of either sign) is one more line. Monotone in ``batch``,
@@ -70,16 +77,20 @@ def predict(
         UsageError: ``ranks`` lacks a mode of the bundle.
         BundleError: a shape holds a symbol that is neither ``batch`` nor a rank.
     """
-    symbols = _symbols(manifest, batch, ranks)
+    piece = batch if tail_micro_batch is None else tail_micro_batch
+    symbols = _symbols(manifest, piece, ranks)
     few = {**symbols, "batch": micro_batch}
-    features = _whole_batch(manifest.features, batch)
+    features = _whole_batch(manifest.features, piece)
+    before = accumulated(manifest) if piece < batch else []
     held: dict[str, tuple[Mapping[str, int], list[LiveTensor]]] = {
-        "trunk": (few, features + _absent(manifest, "trunk", manifest.inputs, micro_batch)),
-        "train": (symbols, []),
-        "update": (symbols, features if not ("train" in manifest.graphs and manifest.graphs["train"].stages) else []),
+        "trunk": (few, features + _absent(manifest, "trunk", manifest.inputs, micro_batch) + before),
+        "train": (symbols, before),
+        "update": (symbols, []),
         "calibrate": (symbols, []),
         "predict": (few, []),
     }
+    if piece < batch:
+        held["accumulate"] = (symbols, [])
     peaks = {
         name: _with(peak(holding_inputs(manifest.graphs[name]), values), extra)
         for name, (values, extra) in held.items()
@@ -92,6 +103,8 @@ def predict(
     ledger["parameters"] = parameter_bytes + sum(_FLOAT_BYTES * math.prod(spec.shape) for spec in manifest.buffers)
     ledger["optimizer"] = len(manifest.optimizer.slots) * parameter_bytes
     ledger["bases"] = _basis_bytes(manifest, symbols)
+    if cache_bytes:
+        ledger["replay"] = cache_bytes
     bottleneck = ""
     if peaks:
         worst = max(peaks, key=lambda name: peaks[name].bytes)
@@ -176,6 +189,12 @@ def _with(found: Peak, extra: list[LiveTensor]) -> Peak:
 def _whole_batch(specs: tuple[TensorSpec, ...], batch: int) -> list[LiveTensor]:
     """Return what a caller holds of ``specs`` for ``batch`` samples."""
     return [LiveTensor(spec.name, "feature", batch * math.prod(spec.shape) * itemsize(spec.dtype)) for spec in specs]
+
+
+def accumulated(manifest: Manifest) -> list[LiveTensor]:
+    """Return the gradients of the pieces of a batch before the one that is trained."""
+    uses = (use for use in manifest.graphs["train"].tensors if use.kind == "gradient")
+    return [LiveTensor(f"accumulated/{use.name}", "gradient", nbytes(use, {})) for use in uses]
 
 
 def _absent(manifest: Manifest, graph: str, specs: tuple[TensorSpec, ...], batch: int) -> list[LiveTensor]:

@@ -17,7 +17,7 @@ from edgetune.bundle import GraphSpec, OptionSpec, SavedSpec, TensorUse
 from edgetune.planning.candidates import Candidate, Workbench
 from edgetune.planning.choices import IntArray
 from edgetune.planning.memory import spans
-from edgetune.planning.prediction import dense_bytes, full_basis_bytes, holding_inputs
+from edgetune.planning.prediction import ALWAYS_THERE, accumulated, dense_bytes, full_basis_bytes, holding_inputs
 from edgetune.planning.rates import Rated
 from edgetune.planning.selection import LOSSLESS, choose
 from edgetune.planning.sizes import elements, itemsize, nbytes
@@ -34,7 +34,7 @@ class Profiles:
     """
 
     def __init__(self, bench: Workbench, reference: Candidate) -> None:
-        self._manifest, self._batch = bench.manifest, bench.limits.batch
+        self._manifest, self._batch = bench.manifest, bench.limits.piece
         self._reference, self._rates = reference, reference.rates
         self._staged = bool(reference.manifest.graphs["train"].stages)
         self._whole = self._manifest.graphs["train"]
@@ -64,9 +64,11 @@ class Profiles:
     def base(self) -> IntArray:
         """Return the bytes [t] of the reference: the whole process's, without correction or reserve."""
         prediction = self._reference.cost()
-        always = sum(prediction.ledger[line] for line in ("runtime", "weights", "parameters", "optimizer", "bases"))
+        always = sum(prediction.ledger.get(line, 0) for line in ALWAYS_THERE)
         others = max((peak.bytes for name, peak in prediction.peaks.items() if name != "train"), default=0)
-        return np.append(self._train[0], others) + always
+        limits = self._reference.limits
+        before = sum(t.bytes for t in accumulated(self._reference.manifest)) if limits.piece < limits.batch else 0
+        return np.append(self._train[0] + before, others) + always
 
     def change(self, spec: SavedSpec, one: Rated) -> IntArray:
         """Return by how many bytes [t] the reference changes when ``spec`` is kept as ``one``."""

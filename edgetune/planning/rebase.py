@@ -25,7 +25,7 @@ def rebased(manifest: Manifest, plan: Plan, calibration: Calibration) -> Plan:
     for row in plan.rows:
         spec = read[row.layer]
         if any(mode.spectrum in calibration.spectra.get(spec.name, {}) for mode in spec.modes):
-            energy = captured_energy_bound(spec, calibration, plan.ranks.get(spec.name, {}), plan.batch)
+            energy = captured_energy_bound(spec, calibration, plan.ranks.get(spec.name, {}), plan.tail_micro_batch)
             row = dataclasses.replace(row, captured_energy=energy)
         rows.append(row)
     return dataclasses.replace(plan, rows=tuple(rows), calibration=calibration)
@@ -42,7 +42,7 @@ def suffices(manifest: Manifest, plan: Plan, calibration: Calibration) -> bool:
     if plan.epsilon is not None:
         wanted = dict.fromkeys(specs, plan.epsilon)
     needed = {
-        name: ranks_of(specs[name], specs[name].modes, calibration, epsilon, plan.batch)
+        name: ranks_of(specs[name], specs[name].modes, calibration, epsilon, plan.tail_micro_batch)
         for name, epsilon in wanted.items()
     }
     planned = {(name, letter): rank for name, modes in plan.ranks.items() for letter, rank in modes.items()}

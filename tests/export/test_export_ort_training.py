@@ -39,10 +39,10 @@ TOLERANCE = 1e-5
 class FixedSketch(edgetune.TrainingSession):
     """A session whose every step uses the sketch of the first, cut to the batch: as the artifacts do."""
 
-    def _run_time_inputs(self, samples: int) -> dict[str, Any]:
-        step, self._step = self._step, 0
-        feeds = super()._run_time_inputs(BATCH)
-        self._step = step
+    def _run_time_inputs(self, samples: int, piece: int = 0) -> dict[str, Any]:
+        step, self._state.step = self._state.step, 0
+        feeds = super()._run_time_inputs(BATCH, piece)
+        self._state.step = step
         for name in (mode.input for saved in self._manifest.saved for mode in saved.modes if mode.source == "sketch"):
             feeds[name] = self._runtime.put(np.ascontiguousarray(self._runtime.get(feeds[name])[:samples, :samples]))
         return feeds

@@ -1,0 +1,170 @@
+"""A step in pieces of its batch: the gradient of the whole batch, whatever the loss counts, on both engines."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import edgetune
+from edgetune.bundle import Array, Bundle
+from edgetune.engines.pieces import mass_of
+from edgetune.errors import DataError, EngineError, UsageError
+from tests.engines import workshop
+from tests.engines.workshop import bundle_of, plan_of, same_bits, samples
+
+BATCH, PIECE = 12, 5  # 5, 5 and 2
+IGNORED, WEIGHTS = 9, (0.5, 2.0, 0.0)
+each_engine = pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+
+
+class Pixels(nn.Module):
+    """Three classes for every pixel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.head = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.head(torch.relu(self.second(torch.relu(self.first(x)))))
+        return out
+
+
+@functools.cache
+def pixel_bundle() -> Bundle:
+    return edgetune.export(
+        Pixels().eval(), torch.zeros(1, 1, 6, 6), Path(workshop._SHELF.name) / "pixels", last=1, codec="dense",
+        class_weights=WEIGHTS, ignore_index=IGNORED,
+    )  # fmt: skip
+
+
+def pixels() -> tuple[Array, Array]:
+    """Return a batch whose pieces count very different numbers of pixels, and its second piece none."""
+    rng = np.random.default_rng(1)
+    x = rng.standard_normal((BATCH, 1, 6, 6)).astype(np.float32)
+    y = rng.integers(0, 3, (BATCH, 4, 4)).astype(np.int64)
+    y[:3] = IGNORED
+    y[5:10] = 2  # of weight 0
+    y[5:10, 0] = IGNORED
+    return x, y
+
+
+def in_pieces(bundle: Bundle, plan: Any, piece: int = PIECE, **options: Any) -> edgetune.TrainingSession:
+    return edgetune.TrainingSession(bundle, dataclasses.replace(plan, tail_micro_batch=piece), verify=False, **options)
+
+
+def close(found: dict[str, Array], expected: dict[str, Array], rtol: float = 2e-5) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert np.linalg.norm(found[name] - value) <= rtol * np.linalg.norm(value) + 1e-7, name
+
+
+@each_engine
+def test_the_gradient_is_that_of_the_whole_batch_by_what_counts(engine: str) -> None:
+    bundle, (x, y) = pixel_bundle(), pixels()
+    session = in_pieces(bundle, edgetune.plan(bundle, batch=BATCH), engine=engine)
+    loss, gradients = session.gradients(x, y)
+    model = Pixels()
+    oracle = nn.functional.cross_entropy(
+        model(torch.from_numpy(x)), torch.from_numpy(y), weight=torch.tensor(WEIGHTS), ignore_index=IGNORED
+    )
+    oracle.backward()  # type: ignore[no-untyped-call]
+    assert loss == pytest.approx(oracle.item(), rel=1e-5)
+    named = dict(model.named_parameters())
+    close(gradients, {name: named[name].grad.numpy() for name in gradients})  # type: ignore[union-attr]
+    assert mass_of(bundle.manifest, y[5:10]) == 0 < mass_of(bundle.manifest, y[:5])
+
+
+def test_a_batch_of_which_nothing_counts_changes_nothing() -> None:
+    bundle, (x, _) = pixel_bundle(), pixels()
+    session = in_pieces(bundle, edgetune.plan(bundle, batch=BATCH))
+    y, before = np.full((BATCH, 4, 4), IGNORED), session.state()
+    assert np.isnan(session.step(x, y)) and not session.report.applied and session.report.samples == BATCH
+    assert same_bits(session.state(), before)
+    assert all(np.isnan(value).all() for value in session.gradients(x, y)[1].values())
+
+
+@each_engine
+def test_steps_in_pieces_learn_what_whole_ones_do(engine: str) -> None:
+    bundle = bundle_of("dense")
+    plan = edgetune.plan(bundle, batch=BATCH)
+    whole = edgetune.TrainingSession(bundle, plan, engine=engine, verify=False)
+    parts = in_pieces(bundle, plan, engine=engine)
+    for seed in range(3):
+        x, y = samples(BATCH, seed=seed)
+        assert parts.step(x, y) == pytest.approx(whole.step(x, y), rel=1e-5)
+        assert (parts.report.correct, parts.report.samples) == (whole.report.correct, BATCH)
+        assert parts.report.gradient_norm == pytest.approx(whole.report.gradient_norm, rel=1e-4)
+    close(parts.parameters(), whole.parameters())
+
+
+@pytest.mark.parametrize("codec", ["hosvd", "svd"])
+def test_pieces_capture_no_less_than_the_whole_batch_would(codec: str) -> None:
+    """A batch rank r keeps of a piece at least what the best r directions of the whole batch do."""
+    bundle, (x, y) = bundle_of(codec), samples(16)
+    calibration = plan_of(bundle, 16, 0.8).calibration
+    plan = edgetune.plan(bundle, batch=16, epsilon=0.8, calibration=calibration, tail_micro_batch=4)
+    assert all(modes.get("b", 0) <= 4 for modes in plan.ranks.values())
+    session = edgetune.TrainingSession(bundle, plan, verify=False)
+    session.step(x, y)
+    assert session.promises
+    for name, promised in session.promises.items():
+        assert session.report.energy[name] >= promised - 1e-3
+    certificate = edgetune.Certificate()
+    certificate.restart(session.promises)
+    for seed in range(12):
+        session.step(*samples(16, seed=seed))
+        certificate.observe(session.report.energy)
+    assert not certificate.due
+
+
+def test_pieces_may_be_given_one_by_one_and_are_let_go() -> None:
+    bundle = bundle_of("svd")
+    plan, (x, y) = plan_of(bundle, BATCH), samples(BATCH)
+    one, other = in_pieces(bundle, plan), in_pieces(bundle, plan)
+    loss = one.step(x, y)
+    with pytest.raises(EngineError, match="no step to finish"):
+        other.finish()
+    other.add(other.features(x[:PIECE]), y[:PIECE])
+    other.discard()  # as if memory had run out
+    for start in range(0, BATCH, PIECE):
+        features = list(other.features(x[start : start + PIECE]))
+        other.add(features, y[start : start + PIECE])
+        assert features == []
+    assert other.finish() == loss
+    assert same_bits(one.state(), other.state())
+    with pytest.raises(DataError, match="by 5 at a time"):
+        other.add(other.features(x[:6]), y[:6])
+
+
+def test_one_bad_piece_spoils_the_step_and_nothing_else() -> None:
+    bundle = bundle_of("dense")
+    session = in_pieces(bundle, edgetune.plan(bundle, batch=BATCH))
+    x, y = samples(BATCH)
+    session.step(x, y)
+    before, bad = session.state(), x.copy()
+    bad[3] = np.nan
+    session.step(bad, y)
+    assert not session.report.applied and same_bits(session.state(), before)
+    with pytest.raises(DataError, match="classes 0 to 3"):  # in the last piece
+        session.step(x, np.where(np.arange(BATCH) == BATCH - 1, 7, y))
+    assert same_bits(session.state(), before)
+
+
+def test_what_mixes_the_samples_of_a_batch_is_trained_whole(tmp_path: Path) -> None:
+    bundle = edgetune.export(
+        workshop.network("small"), torch.zeros(1, *workshop.SMALL), tmp_path / "b", last=3, codec="dense",
+        batch_norm="trained",
+    )  # fmt: skip
+    with pytest.raises(UsageError, match="batch-norm takes its statistics from the whole batch"):
+        edgetune.plan(bundle, batch=8, tail_micro_batch=4)
+    plan = edgetune.plan(bundle, batch=8, tail_micro_batch=8)
+    with pytest.raises(UsageError, match="cannot be trained in pieces"):
+        in_pieces(bundle, plan, 4)
