@@ -178,6 +178,7 @@ class Budgeter:
         prediction = predict(
             settled_for(self.manifest, plan),
             batch=plan.batch, micro_batch=plan.micro_batch, ranks=plan.ranks, runtime_bytes=self.runtime_bytes,
+            tail_micro_batch=plan.tail_micro_batch, cache_bytes=plan.cache_bytes,
         )  # fmt: skip
         most = max((prediction.peaks[name].bytes for name in STEP_GRAPHS if name in prediction.peaks), default=0)
         return sum(prediction.ledger[line] for line in ALWAYS_THERE) + most
