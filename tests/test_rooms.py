@@ -33,7 +33,7 @@ class Room:
     lazy_libraries: frozenset[str] = frozenset()
 
 
-_ALL = _words("bundle errors units version codecs planning autodiff export engines telemetry agent adapters api")
+_ALL = _words("bundle errors units version codecs planning autodiff export engines telemetry doctor agent adapters api")
 TABLE = {
     "errors": Room(),
     "units": Room(_words("errors")),
@@ -51,6 +51,8 @@ TABLE = {
     ),
     "engines": Room(_words("bundle codecs planning errors units"), _words("numpy")),
     "telemetry": Room(_words("bundle errors units"), lazy_libraries=_words("pynvml")),
+    # Looks at the machine and at what is installed; loads a runtime only in a process of its own.
+    "doctor": Room(_words("errors units telemetry"), lazy_libraries=_words("numpy onnxruntime")),
     "agent": Room(
         _words("bundle planning engines telemetry codecs errors units"),
         _words("numpy PIL watchfiles rich safetensors"),

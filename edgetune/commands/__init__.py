@@ -7,6 +7,7 @@ import sys
 import typer
 
 from edgetune.commands.demo import demo
+from edgetune.commands.doctor import doctor
 from edgetune.commands.export import export
 from edgetune.commands.inspect import inspect
 from edgetune.commands.plan import plan
@@ -16,7 +17,7 @@ from edgetune.commands.status import status
 from edgetune.errors import EdgeTuneError
 from edgetune.version import __version__
 
-COMMANDS = (export, inspect, plan, run, status, report, demo)
+COMMANDS = (export, inspect, plan, run, status, report, doctor, demo)
 
 app = typer.Typer(
     name="edgetune",
