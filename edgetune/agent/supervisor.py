@@ -58,8 +58,8 @@ class Supervisor:
             if not os.WIFSIGNALED(status):
                 return os.WEXITSTATUS(status)
             number = os.WTERMSIG(status)
-            if self.stopping:
-                return 128 + number
+            if self.stopping:  # one that had not got to its handlers yet dies of the signal itself: it has stopped
+                return 0 if number in (signal.SIGTERM, signal.SIGINT) else 128 + number
             pause_seconds = self._died(number)
             if pause_seconds is None:
                 return GAVE_UP

@@ -16,7 +16,7 @@ from edgetune.telemetry.cgroup import read_groups
 from edgetune.telemetry.files import text
 from edgetune.telemetry.meminfo import read_meminfo, read_swaps, read_zram
 from edgetune.telemetry.power import read_power_mode, read_rails, total_watts
-from edgetune.telemetry.process import PeakMeter
+from edgetune.telemetry.process import PeakMeter, proportional_bytes
 from edgetune.telemetry.thermal import Zone, read_throttling, read_zones
 from edgetune.units import MIB, format_bytes
 
@@ -107,7 +107,10 @@ def _meter(root: Path) -> Iterator[Finding]:
     meter = PeakMeter(root / "proc")
     meter.reset()
     if meter.resettable:
-        yield Finding("meter", OK, "the kernel resets the high-water mark: every step's peak is measured")
+        words = "the kernel resets the high-water mark: every step's peak is measured"
+        if proportional_bytes(root / "proc") is None:
+            words += "; what processes share is not told apart"
+        yield Finding("meter", OK, words)
     else:
         advice = (
             "a kernel with CONFIG_PROC_PAGE_MONITOR allows it; without, a plan is corrected by the first peaks only"

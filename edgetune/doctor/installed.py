@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edgetune.doctor.fatbin import Architectures, architectures
+from edgetune.telemetry.cuda import Unavailable
+from edgetune.telemetry.nvml import NvmlDevice, read_nvml
 
 PROBE_SECONDS = 120.0
 MODULE = "onnxruntime"
@@ -23,11 +25,13 @@ _CUDA_LIBRARY = "libonnxruntime_providers_cuda.so"
 
 @dataclass(frozen=True)
 class Probe:
-    """What onnxruntime said of itself. ``failed``: by provider tried, the reason why it failed; empty: it runs."""
+    """What onnxruntime said of itself. ``failed``: by provider tried, the reason why it failed; empty: it runs.
+    ``cuda_bytes``: free and total memory of the GPU beside the tiny graph; None: no CUDA, or it does not tell."""
 
     version: str
     providers: tuple[str, ...]
     failed: dict[str, str] = field(default_factory=dict)
+    cuda_bytes: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,7 @@ class Installed:
 
     ``probe``: None without any, a text where loading failed. ``kernels``: of the CUDA provider's library, ``library``;
     None: there is none, or its device code cannot be read. ``torch``, ``torch_cuda``: their versions, None if absent.
+    ``nvml``: the devices that NVIDIA's management library lists, or why it lists none.
     """
 
     python: tuple[int, int, int]
@@ -46,6 +51,7 @@ class Installed:
     kernels: Architectures | None
     torch: str | None
     torch_cuda: str | None
+    nvml: tuple[NvmlDevice, ...] | Unavailable = ()
 
 
 def providing(module: str, distributions: Iterable[importlib.metadata.Distribution]) -> dict[str, str]:
@@ -80,6 +86,7 @@ def inspect_installed() -> Installed:
         str(library) if there else None,
         architectures(library) if there and library is not None else None,
         *torch,
+        nvml=read_nvml(),
     )
 
 
@@ -107,7 +114,8 @@ def _probe() -> Probe | str:
     if done.returncode != 0:
         return lines[-1]
     found = json.loads(done.stdout.splitlines()[-1])
-    return Probe(found["version"], tuple(found["providers"]), found["failed"])
+    cuda_bytes = None if found["cuda_bytes"] is None else (found["cuda_bytes"][0], found["cuda_bytes"][1])
+    return Probe(found["version"], tuple(found["providers"]), found["failed"], cuda_bytes)
 
 
 def _torch() -> tuple[str | None, str | None]:

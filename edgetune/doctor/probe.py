@@ -1,7 +1,8 @@
 """Loads onnxruntime and runs a tiny graph on each provider that matters, in a process of its own.
 
-``python -m edgetune.doctor.probe`` prints one JSON object: version, file, providers, and for each provider tried an
-empty string or the reason why it failed. Apart, because a runtime for another machine may not come back from this.
+``python -m edgetune.doctor.probe`` prints one JSON object: version, providers, for each provider tried an empty string
+or the reason why it failed, and what CUDA's memory has free beside that. Apart, because a runtime for another machine
+may not come back from this.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import json
 import sys
 from typing import Any
+
+from edgetune.telemetry.cuda import CudaMemory, read_cuda
 
 TRIED = ("CPUExecutionProvider", "CUDAExecutionProvider")
 
@@ -65,8 +68,10 @@ def main() -> None:
     import onnxruntime
 
     providers = list(onnxruntime.get_available_providers())
-    found = {"version": onnxruntime.__version__, "file": onnxruntime.__file__, "providers": providers}
-    found["failed"] = {name: tried(onnxruntime, name) for name in TRIED if name in providers}
+    failed = {name: tried(onnxruntime, name) for name in TRIED if name in providers}
+    memory = read_cuda() if TRIED[1] in providers else None
+    cuda_bytes = (memory.free_bytes, memory.total_bytes) if isinstance(memory, CudaMemory) else None
+    found = {"version": onnxruntime.__version__, "providers": providers, "failed": failed, "cuda_bytes": cuda_bytes}
     sys.stdout.write(json.dumps(found) + "\n")
 
 

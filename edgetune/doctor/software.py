@@ -9,7 +9,10 @@ from pathlib import Path
 from edgetune.doctor.finding import ERROR, OK, WARNING, Finding
 from edgetune.doctor.installed import Installed, Probe
 from edgetune.telemetry.board import Board, read_board
+from edgetune.telemetry.cuda import Unavailable
 from edgetune.telemetry.files import text
+from edgetune.telemetry.gpu import read_gpu
+from edgetune.units import format_bytes
 
 LEAST_PYTHON = (3, 10)
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
@@ -33,6 +36,7 @@ def software(root: Path, installed: Installed) -> Iterator[Finding]:
     """Yield what there is to say of board and software, read below ``root``."""
     board = read_board(root)
     yield from _board(board, root)
+    yield from _gpu(root, installed)
     found = ".".join(map(str, installed.python))
     if installed.python[:2] < LEAST_PYTHON:
         least = ".".join(map(str, LEAST_PYTHON))
@@ -73,6 +77,24 @@ def _board(board: Board | None, root: Path) -> Iterator[Finding]:
     elif board is not None:
         advice = "where the runtime does not bring CUDA along: sudo apt install nvidia-jetpack"
         yield Finding("cuda", WARNING, "no CUDA toolkit in /usr/local/cuda", advice)
+
+
+def _gpu(root: Path, installed: Installed) -> Iterator[Finding]:
+    """Yield what the GPU is doing: another program's load, or a clock that a power mode holds down, slow training."""
+    if (gpu := read_gpu(root)) is not None:
+        words = gpu.name if gpu.load is None else f"{gpu.name}, {gpu.load:.0%} busy"
+        if gpu.now_hz is not None and gpu.max_hz is not None:
+            words += f", at {gpu.now_hz / 1e6:.0f} of at most {gpu.max_hz / 1e6:.0f} MHz"
+        yield Finding("gpu", OK, words)
+    if isinstance(installed.nvml, Unavailable):
+        return
+    for device in installed.nvml:
+        words = device.name or "a device without a name"
+        if device.capability is not None:
+            words += f", compute capability {device.capability}"
+        if device.total_bytes is not None and device.used_bytes is not None:
+            words += f", {format_bytes(device.used_bytes)} of {format_bytes(device.total_bytes)} used"
+        yield Finding("gpu", OK, words if device.load is None else f"{words}, {device.load:.0%} busy")
 
 
 def _cuda_toolkit(root: Path) -> str | None:
@@ -127,7 +149,10 @@ def _providers(board: Board | None, installed: Installed, probe: Probe, *, gpu: 
             advice += " device (groups video and render)?"
             yield Finding("providers", ERROR, f"{listed}; a tiny graph fails on CUDA: {failed}", advice)
         else:
-            yield Finding("providers", OK, f"{listed}; a tiny graph ran on CUDA")
+            words = f"{listed}; a tiny graph ran on CUDA"
+            if probe.cuda_bytes is not None:
+                words += f", beside which {format_bytes(probe.cuda_bytes[0])} of its memory are free"
+            yield Finding("providers", OK, words)
         yield from _kernels(board, installed)
     elif gpu:
         advice = _WHEEL if board is not None else "pip uninstall -y onnxruntime; pip install onnxruntime-gpu"
@@ -146,12 +171,16 @@ def _kernels(board: Board | None, installed: Installed) -> Iterator[Finding]:
         [f"sm_{found}" for found in sorted(installed.kernels.cubin)]
         + [f"PTX {found}" for found in sorted(installed.kernels.ptx)]
     )
-    if board is None or board.capability is None:
+    capability, build = None if board is None else board.capability, _WHEEL
+    if board is None and not isinstance(installed.nvml, Unavailable):
+        capability = next((device.capability for device in installed.nvml), None)
+        build = "install a build of onnxruntime-gpu for this GPU"
+    if capability is None:
         yield Finding("kernels", OK, f"the runtime has GPU kernels for {names}")
-    elif installed.kernels.suits(board.capability, tegra=True):
-        yield Finding("kernels", OK, f"GPU kernels for {names}; this board is {board.capability}")
-    elif installed.kernels.translates(board.capability):
-        advice = f"the driver translates them at the first start, which takes minutes; better: {_WHEEL}"
-        yield Finding("kernels", WARNING, f"GPU kernels for {names}; none for this board's {board.capability}", advice)
+    elif installed.kernels.suits(capability, tegra=board is not None):
+        yield Finding("kernels", OK, f"GPU kernels for {names}; this GPU is {capability}")
+    elif installed.kernels.translates(capability):
+        advice = f"the driver translates them at the first start, which takes minutes; better: {build}"
+        yield Finding("kernels", WARNING, f"GPU kernels for {names}; none for this GPU, {capability}", advice)
     else:
-        yield Finding("kernels", ERROR, f"GPU kernels for {names}; none for this board's {board.capability}", _WHEEL)
+        yield Finding("kernels", ERROR, f"GPU kernels for {names}; none for this GPU, {capability}", build)

@@ -34,6 +34,9 @@ for word in words[min(turn, len(words)) - 1].split("+"):
         signal.signal(signal.SIGINT, lambda *_: sys.exit(6))
         (state / "ready").touch()
         time.sleep(60)
+    elif word == "start":
+        (state / "ready").touch()
+        time.sleep(60)
     elif word in ("KILL", "SEGV"):
         os.kill(os.getpid(), getattr(signal, "SIG" + word))
     else:
@@ -129,9 +132,19 @@ def test_deaths_without_a_newer_checkpoint_lower_and_then_end(state: Path) -> No
     assert events(state)[-1]["event"] == "gave_up" and "What is stored is intact" in done.stderr
 
 
-@pytest.mark.parametrize(("sent", "code"), [(signal.SIGTERM, 5), (signal.SIGHUP, 5), (signal.SIGINT, 6)])
-def test_signals_reach_the_worker_and_its_answer_comes_back(state: Path, sent: signal.Signals, code: int) -> None:
-    with subprocess.Popen(line(state, "stop")) as process:
+@pytest.mark.parametrize(
+    ("words", "sent", "code"),
+    [
+        ("stop", signal.SIGTERM, 5),
+        ("stop", signal.SIGHUP, 5),
+        ("stop", signal.SIGINT, 6),
+        ("start", signal.SIGTERM, 0),  # it has no handler yet
+    ],
+)
+def test_signals_reach_the_worker_and_its_answer_comes_back(
+    state: Path, words: str, sent: signal.Signals, code: int
+) -> None:
+    with subprocess.Popen(line(state, words)) as process:
         until(state / "ready")
         process.send_signal(sent)
         assert process.wait(30) == code

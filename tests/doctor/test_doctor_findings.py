@@ -18,13 +18,14 @@ from edgetune.doctor.finding import ERROR, OK, WARNING, Finding
 from edgetune.doctor.hardware import file_system, hardware
 from edgetune.doctor.installed import Installed, Probe
 from edgetune.doctor.software import software
+from edgetune.telemetry.nvml import NvmlDevice
 from tests.telemetry.board_trees import BOARDS, unpack
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 ORIN_KERNELS = Architectures(frozenset({87}), frozenset())
+WORKING = Probe("1.23.0", (CUDA, CPU), {CPU: "", CUDA: ""}, (2**30, 2**33))
 GOOD = Installed(
-    (3, 10, 12), "aarch64", {"onnxruntime-gpu": "1.23.0"}, Probe("1.23.0", (CUDA, CPU), {CPU: "", CUDA: ""}), "cuda.so",
-    ORIN_KERNELS, None, None,
+    (3, 10, 12), "aarch64", {"onnxruntime-gpu": "1.23.0"}, WORKING, "cuda.so", ORIN_KERNELS, None, None
 )  # fmt: skip
 PLAIN = dataclasses.replace(
     GOOD, distributions={"onnxruntime": "1.23.0"}, probe=Probe("1.23.0", (CPU,), {CPU: ""}), library=None, kernels=None
@@ -61,14 +62,19 @@ def test_each_board_has_its_own_troubles(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("board", "installed", "expected", "words"),
     [
-        ("orin-jetpack6", GOOD, {"runtime": OK, "providers": OK, "kernels": OK}, "a tiny graph ran on CUDA"),
+        (
+            "orin-jetpack6",
+            GOOD,
+            {"runtime": OK, "providers": OK, "kernels": OK},
+            "ran on CUDA, beside which 1.00 GiB of its memory are free",
+        ),
         ("orin-jetpack6", PLAIN, {"providers": WARNING}, "cannot use the GPU"),
-        ("xavier-jetpack5", GOOD, {"kernels": ERROR}, "none for this board's 7.2"),
+        ("xavier-jetpack5", GOOD, {"kernels": ERROR}, "none for this GPU, 7.2"),
         (
             "thor-jetpack7",
             dataclasses.replace(GOOD, kernels=Architectures(frozenset({90}), frozenset({90}))),
             {"kernels": WARNING},
-            "none for this board's 11.0",
+            "none for this GPU, 11.0",
         ),
         ("orin-jetpack6", dataclasses.replace(GOOD, kernels=None), {"kernels": OK}, "cannot be told"),
         (
@@ -98,6 +104,13 @@ def test_each_board_has_its_own_troubles(tmp_path: Path) -> None:
         ),
         ("orin-jetpack6", dataclasses.replace(GOOD, python=(3, 8, 10)), {"python": ERROR}, "needs Python 3.10"),
         (None, PLAIN, {"board": OK, "providers": OK}, "an ordinary computer"),
+        (
+            None,
+            dataclasses.replace(GOOD, nvml=(NvmlDevice("NVIDIA H200", "9.0", 2**37, 2**30, 0.25, 40, 75.0),)),
+            {"gpu": OK, "kernels": ERROR},
+            "NVIDIA H200, compute capability 9.0, 1.00 GiB of 128.00 GiB used, 25% busy",
+        ),
+        ("orin-jetpack5", GOOD, {"gpu": OK, "kernels": OK}, "ga10b, 34% busy, at 918 of at most 1300 MHz"),
     ],
 )
 def test_what_is_installed_on_what(
