@@ -39,6 +39,7 @@ def assemble(
     inputs: Sequence[Port],
     outputs: Sequence[Port],
     constants: Collection[str],
+    absent: Collection[str] = (),
 ) -> bytes:
     """Return the model that consists of the nodes with these indices, in their order.
 
@@ -46,6 +47,7 @@ def assemble(
         model: an ONNX file whose nodes have no subgraph that reads a tensor which is renamed.
         renamed: new names for what nodes read and make.
         constants: names of the initializers to keep.
+        absent: tensors that are not there any more: whatever reads them (a Sum) does so no longer.
 
     Raises:
         BundleError: ``model`` is not an ONNX file.
@@ -61,7 +63,7 @@ def assemble(
             if number == _GRAPH_NODE:
                 index += 1
                 if index in kept:
-                    inside.append(_message(_GRAPH_NODE, _rename(content, renamed)))
+                    inside.append(_message(_GRAPH_NODE, _rename(content, renamed, absent)))
             elif number == _GRAPH_INITIALIZER:
                 if _text(content, _TENSOR_NAME) in constants:
                     inside.append(piece)
@@ -129,11 +131,13 @@ def _text(message: bytes, field: int) -> str:
     return next((content.decode() for number, _, content, _ in _fields(message) if number == field), "")
 
 
-def _rename(node: bytes, renamed: Mapping[str, str]) -> bytes:
+def _rename(node: bytes, renamed: Mapping[str, str], absent: Collection[str]) -> bytes:
     pieces = []
     for number, _, content, whole in _fields(node):
         if number in (_NODE_INPUT, _NODE_OUTPUT):
             name = content.decode()
+            if number == _NODE_INPUT and name in absent:
+                continue
             pieces.append(_message(number, renamed.get(name, name).encode()))
         else:
             pieces.append(whole)

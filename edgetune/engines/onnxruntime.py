@@ -17,7 +17,7 @@ import numpy as np
 from edgetune.bundle import Array, Bundle, GraphSpec
 from edgetune.engines import heap
 from edgetune.engines.assembly import Port, assemble
-from edgetune.engines.runtime import Handle, check_feeds, chosen_graph
+from edgetune.engines.runtime import STEP_GRAPHS, Handle, check_feeds, chosen_graph, is_whole
 from edgetune.errors import EngineError
 from edgetune.planning.selection import Chosen
 
@@ -85,16 +85,18 @@ class OnnxRuntime:
         self._fast = fast
         self._sessions: dict[tuple[str, int], Any] = {}
         self._selection: dict[str, str] = {}
+        self._trained: int | None = None
         self._chosen: dict[str, Chosen] = {}
         if self._device == "cpu":
             heap.return_memory_to_the_system()
 
-    def choose(self, selection: Mapping[str, str]) -> None:
-        """Take these options where saved tensors have several."""
-        if selection == self._selection:
-            return
-        self._selection = dict(selection)
-        for graph in [name for name, chosen in self._chosen.items() if chosen.renamed]:
+    def choose(self, selection: Mapping[str, str], trained: int | None = None) -> None:
+        """Take these options where saved tensors have several, and train these layers."""
+        graphs = self._bundle.manifest.graphs
+        changed = {name for name in self._chosen if graphs[name].choices} if selection != self._selection else set()
+        changed |= STEP_GRAPHS & self._chosen.keys() if trained != self._trained else set()
+        self._selection, self._trained = dict(selection), trained
+        for graph in changed:
             del self._chosen[graph]
             self._sessions = {key: session for key, session in self._sessions.items() if key[0] != graph}
 
@@ -169,13 +171,13 @@ class OnnxRuntime:
 
     def _spec(self, graph: str) -> GraphSpec:
         if graph not in self._chosen:
-            self._chosen[graph] = chosen_graph(self._bundle, graph, self._selection)
+            self._chosen[graph] = chosen_graph(self._bundle, graph, self._selection, self._trained)
         return self._chosen[graph].spec
 
     def _model(self, graph: str, stage: int) -> str | bytes:
         """Return the file that holds one stage of ``graph``; where a plan chose from it, what remains of it."""
         spec = self._spec(graph)
-        if not self._bundle.manifest.graphs[graph].choices:
+        if is_whole(self._bundle.manifest.graphs[graph], self._chosen[graph]):
             return str(self._bundle.path / spec.run_stages()[stage].file)
         chosen, stages = self._chosen[graph], spec.run_stages()
         begin = stages[stage - 1].end if stage else 0
@@ -188,7 +190,8 @@ class OnnxRuntime:
         ]
         constants = {name for name in read if uses[name].kind == "constant"}
         whole = (self._bundle.path / spec.flat_file).read_bytes()
-        return assemble(whole, chosen.kept[begin : stages[stage].end], chosen.renamed, ports[0], ports[1], constants)
+        nodes = chosen.kept[begin : stages[stage].end]
+        return assemble(whole, nodes, chosen.renamed, ports[0], ports[1], constants, chosen.absent)
 
     def _session(self, graph: str, stage: int, profile: Path | None = None) -> Any:
         if (graph, stage) not in self._sessions or profile is not None:

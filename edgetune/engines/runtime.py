@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from edgetune.bundle import Array, Bundle
+from edgetune.bundle import Array, Bundle, GraphSpec
 from edgetune.errors import EngineError, choices
+from edgetune.planning.freezing import Narrowed, narrow
 from edgetune.planning.selection import Chosen, choose, settled_tensors
 
 Handle = Any  # a tensor where the runtime wants it: an OrtValue, a torch tensor
+
+
+STEP_GRAPHS = frozenset({"train", "accumulate", "update"})
+"""The graphs that depend on which layers are trained."""
 
 
 class Runtime(Protocol):
@@ -23,8 +29,9 @@ class Runtime(Protocol):
 
     name: str
 
-    def choose(self, selection: Mapping[str, str]) -> None:
-        """Take these options where saved tensors have several; what was loaded under other ones is forgotten."""
+    def choose(self, selection: Mapping[str, str], trained: int | None = None) -> None:
+        """Take these options where saved tensors have several, and train the last ``trained`` weight layers (None: all
+        that there are); what was loaded under another choice is forgotten."""
 
     def load(self, graph: str) -> None:
         """Load ``graph`` now rather than at its first run."""
@@ -56,19 +63,29 @@ class Runtime(Protocol):
         """
 
 
-def chosen_graph(bundle: Bundle, graph: str, selection: Mapping[str, str]) -> Chosen:
-    """Return what remains of ``graph`` under ``selection``.
+def chosen_graph(bundle: Bundle, graph: str, selection: Mapping[str, str], trained: int | None = None) -> Chosen:
+    """Return what remains of ``graph`` under ``selection`` when the last ``trained`` weight layers are trained.
 
     Raises:
         EngineError: the bundle has no such graph.
         UsageError: the graph has choices that the selection does not make.
     """
-    graphs = bundle.manifest.graphs
-    if graph not in graphs:
-        raise EngineError(f"the bundle has no graph '{graph}'; it has: {choices(graphs)}")
-    if not graphs[graph].choices:
-        return choose(graphs[graph], (), {})
-    return choose(graphs[graph], settled_tensors(bundle.manifest, selection), selection)
+    manifest = bundle.manifest
+    if graph not in manifest.graphs:
+        raise EngineError(f"the bundle has no graph '{graph}'; it has: {choices(manifest.graphs)}")
+    narrowed = Narrowed(manifest) if trained is None else narrow(manifest, trained)
+    part, manifest = narrowed.parts.get(graph), narrowed.manifest
+    saved = settled_tensors(manifest, selection) if manifest.graphs[graph].choices else ()
+    chosen = choose(manifest.graphs[graph], saved, selection)
+    if part is None:
+        return chosen
+    kept = tuple(part.kept[index] for index in chosen.kept)
+    return dataclasses.replace(chosen, kept=kept, absent=part.absent)
+
+
+def is_whole(graph: GraphSpec, chosen: Chosen) -> bool:
+    """Return whether ``chosen`` is all of ``graph``, so that its files can be run as they are."""
+    return not graph.choices and len(chosen.kept) == len(graph.nodes)
 
 
 def check_feeds(graph: str, inputs: Iterable[str], feeds: Mapping[str, Handle]) -> None:

@@ -21,7 +21,8 @@ from edgetune.engines.pieces import Accumulation, Made, mass_of, run_train, slic
 from edgetune.engines.runtime import Handle
 from edgetune.engines.state import TrainedState
 from edgetune.errors import DataError, EngineError, UsageError, choices
-from edgetune.planning.knobs import check_splits
+from edgetune.planning.freezing import narrow
+from edgetune.planning.knobs import check_splits, check_trained
 from edgetune.planning.plan import Plan
 from edgetune.planning.rebase import promises, rebased
 from edgetune.planning.selection import default_selection, settle
@@ -118,10 +119,11 @@ class TrainingSession:
             )
         if plan.tail_micro_batch < plan.batch:
             check_splits(self.bundle.manifest)
+        check_trained(self.bundle.manifest, plan.trained)
         self.discard()
         selection = default_selection(self.bundle.manifest) | dict(plan.selection)
-        self._manifest = settle(self.bundle.manifest, selection)
-        self._runtime.choose(selection)
+        self._manifest = settle(narrow(self.bundle.manifest, plan.trained).manifest, selection)
+        self._runtime.choose(selection, plan.trained)
         self._plan = plan
         self._codec_inputs = CodecInputs(self._manifest, plan, self._runtime, self._seed, self._carried())
 

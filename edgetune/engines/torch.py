@@ -15,7 +15,7 @@ import torch
 
 from edgetune.bundle import Array, Bundle, GraphSpec
 from edgetune.engines import heap
-from edgetune.engines.runtime import Handle, check_feeds, chosen_graph
+from edgetune.engines.runtime import STEP_GRAPHS, Handle, check_feeds, chosen_graph, is_whole
 from edgetune.errors import EngineError, choices
 
 try:
@@ -76,17 +76,19 @@ class TorchRuntime:
         self._weights = Weights(bundle.path, bundle.manifest.files, self._device, double=double)
         self._programs: dict[str, tuple[Program, ...]] = {}
         self._selection: dict[str, str] = {}
+        self._trained: int | None = None
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
         if name == "cpu":
             heap.return_memory_to_the_system()
             heap.keep_blocks()
 
-    def choose(self, selection: Mapping[str, str]) -> None:
-        """Take these options where saved tensors have several."""
-        if selection != self._selection:
-            self._selection = dict(selection)
-            graphs = self._bundle.manifest.graphs
-            self._programs = {name: made for name, made in self._programs.items() if not graphs[name].choices}
+    def choose(self, selection: Mapping[str, str], trained: int | None = None) -> None:
+        """Take these options where saved tensors have several, and train these layers."""
+        graphs = self._bundle.manifest.graphs
+        changed = {name for name in self._programs if graphs[name].choices} if selection != self._selection else set()
+        changed |= STEP_GRAPHS if trained != self._trained else set()
+        self._selection, self._trained = dict(selection), trained
+        self._programs = {name: made for name, made in self._programs.items() if name not in changed}
 
     def load(self, graph: str) -> None:
         """Compile every stage of ``graph``.
@@ -96,10 +98,11 @@ class TorchRuntime:
         """
         if graph in self._programs:
             return
-        spec = self._spec(graph)
+        chosen = chosen_graph(self._bundle, graph, self._selection, self._trained)
+        spec = chosen.spec
         model = onnx.load_model(str(self._bundle.path / spec.file), load_external_data=False)
-        if self._bundle.manifest.graphs[graph].choices:
-            _take(model, self._selection, spec.outputs)
+        if not is_whole(self._bundle.manifest.graphs[graph], chosen):
+            _take(model, self._selection, spec.outputs, chosen.absent)
         with torch.inference_mode():
             stages = self._stages(model, spec, native=self._native)
             if stages is None:  # a native kernel stands on both sides of the boundary between two stages
@@ -182,12 +185,9 @@ class TorchRuntime:
         """Load ``graph``, which checks that every operator is known; the interpreter keeps the order by itself."""
         self.load(graph)
 
-    def _spec(self, graph: str) -> GraphSpec:
-        return chosen_graph(self._bundle, graph, self._selection).spec
 
-
-def _take(model: onnx.ModelProto, selection: Mapping[str, str], outputs: Sequence[str]) -> None:
-    """Make of the readable graph what ``selection`` leaves of it (see ``planning.selection``)."""
+def _take(model: onnx.ModelProto, selection: Mapping[str, str], outputs: Sequence[str], absent: frozenset[str]) -> None:
+    """Make of the readable graph what ``selection`` leaves of it (see ``planning.selection``), without ``absent``."""
     taken: dict[str, str] = {}
     for node in model.graph.node:
         if node.op_type == "Choose":
@@ -202,7 +202,7 @@ def _take(model: onnx.ModelProto, selection: Mapping[str, str], outputs: Sequenc
     needed = {taken.get(name, name) for name in outputs}
     for node in reversed(model.graph.node):
         if node.op_type != "Choose" and needed.intersection(node.output):
-            node.input[:] = [taken.get(name, name) for name in node.input]
+            node.input[:] = [taken.get(name, name) for name in node.input if name not in absent]
             needed.update(node.input)
             nodes.append(node)
     for node in nodes:

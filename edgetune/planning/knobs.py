@@ -45,7 +45,9 @@ def check_trained(manifest: Manifest, trained: int | None) -> None:
     """Raise UsageError unless so many weight layers (None: not given) can be trained."""
     most = layers_before_head(manifest)
     least = 0 if any(layer.role == "head" for layer in manifest.layers) else 1
-    if trained is not None and not least <= trained <= most:
+    if trained is None or trained == most:
+        return
+    if not least <= trained <= most:
         raise UsageError(
             f"--trained {trained}: expected {least} to {most}: the bundle was exported with {most} trained layers "
             "before its head"

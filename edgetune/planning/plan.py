@@ -14,6 +14,7 @@ from edgetune.bundle import Manifest
 from edgetune.errors import UsageError, choices
 from edgetune.plain import from_plain
 from edgetune.planning.candidates import Candidate, Limits, Workbench
+from edgetune.planning.freezing import narrow
 from edgetune.planning.knobs import check_samples, check_splits, check_trained, layers_before_head
 from edgetune.planning.per_layer import least_error
 from edgetune.planning.prediction import Prediction, dense_bytes, predict
@@ -210,6 +211,8 @@ def make_plan(
     measured = calibration
     if calibration is None:
         calibration = identity_calibration(manifest, batch)
+    if trained is not None:
+        manifest = narrow(manifest, trained).manifest
     bench = Workbench(manifest, calibration, limits)
     if allocation == "per-layer":
         best, bound = least_error(bench)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 
 from edgetune.bundle import Manifest
+from edgetune.planning.freezing import narrow
 from edgetune.planning.plan import Plan
 from edgetune.planning.selection import default_selection, settle
 from edgetune.planning.spectra import Calibration, captured_energy_bound, ranks_of
@@ -19,8 +20,9 @@ def rebased(manifest: Manifest, plan: Plan, calibration: Calibration) -> Plan:
     Raises:
         StateError: the calibration belongs to another bundle.
     """
-    specs = {spec.name: spec for spec in settled_for(manifest, plan).saved}
-    read = {layer.name: specs[layer.saved] for layer in manifest.layers}
+    settled = settled_for(manifest, plan)
+    specs = {spec.name: spec for spec in settled.saved}
+    read = {layer.name: specs[layer.saved] for layer in settled.layers}
     rows = []
     for row in plan.rows:
         spec = read[row.layer]
@@ -56,5 +58,6 @@ def promises(manifest: Manifest, plan: Plan) -> dict[str, float]:
 
 
 def settled_for(manifest: Manifest, plan: Plan) -> Manifest:
-    """Return ``manifest`` with the options that ``plan`` chose; where it names none, the first of the menu."""
-    return settle(manifest, default_selection(manifest) | dict(plan.selection))
+    """Return ``manifest`` with the layers that ``plan`` trains and the options that it chose; where it names none, the
+    first of the menu."""
+    return settle(narrow(manifest, plan.trained).manifest, default_selection(manifest) | dict(plan.selection))

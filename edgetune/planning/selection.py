@@ -32,11 +32,13 @@ class Chosen:
         spec: its description; its stages have no files, because an engine makes them of ``GraphSpec.flat_file``.
         kept: indices of the nodes of the whole graph that remain, in order.
         renamed: new names of tensors, for whatever a remaining node reads or makes.
+        absent: tensors that a remaining node of the file reads (a Sum), and that are not there any more.
     """
 
     spec: GraphSpec
     kept: tuple[int, ...]
     renamed: Mapping[str, str]
+    absent: frozenset[str] = frozenset()
 
 
 def default_selection(manifest: Manifest, codec: str | None = None) -> dict[str, str]:
@@ -126,7 +128,7 @@ def choose(graph: GraphSpec, saved: tuple[SavedSpec, ...], selection: Selection,
             pending.extend(graph.wires[index].inputs)
     order = tuple(sorted(kept))
     wires = tuple(_renamed(graph.wires[index], renamed) for index in order)
-    return Chosen(_described(graph, saved, wires, order, outputs, renamed, staged), order, renamed)
+    return Chosen(described_part(graph, saved, wires, order, outputs, renamed, staged), order, renamed)
 
 
 def _renamed(wire: WireSpec, renamed: Mapping[str, str]) -> WireSpec:
@@ -140,7 +142,7 @@ def _renamed(wire: WireSpec, renamed: Mapping[str, str]) -> WireSpec:
     )
 
 
-def _described(
+def described_part(
     graph: GraphSpec,
     saved: tuple[SavedSpec, ...],
     wires: tuple[WireSpec, ...],

@@ -16,6 +16,7 @@ import edgetune
 from edgetune.bundle import Array, Bundle
 from edgetune.engines.pieces import mass_of
 from edgetune.errors import DataError, EngineError, UsageError
+from edgetune.planning.plan import Plan, make_plan
 from tests.engines import workshop
 from tests.engines.workshop import bundle_of, plan_of, same_bits, samples
 
@@ -56,7 +57,11 @@ def pixels() -> tuple[Array, Array]:
     return x, y
 
 
-def in_pieces(bundle: Bundle, plan: Any, piece: int = PIECE, **options: Any) -> edgetune.TrainingSession:
+def dense_plan(bundle: Bundle) -> Plan:
+    return make_plan(bundle.manifest, batch=BATCH, calibration=None, epsilon=1.0, runtime_bytes=0)
+
+
+def in_pieces(bundle: Bundle, plan: Plan, piece: int = PIECE, **options: Any) -> edgetune.TrainingSession:
     return edgetune.TrainingSession(bundle, dataclasses.replace(plan, tail_micro_batch=piece), verify=False, **options)
 
 
@@ -69,7 +74,7 @@ def close(found: dict[str, Array], expected: dict[str, Array], rtol: float = 2e-
 @each_engine
 def test_the_gradient_is_that_of_the_whole_batch_by_what_counts(engine: str) -> None:
     bundle, (x, y) = pixel_bundle(), pixels()
-    session = in_pieces(bundle, edgetune.plan(bundle, batch=BATCH), engine=engine)
+    session = in_pieces(bundle, dense_plan(bundle), engine=engine)
     loss, gradients = session.gradients(x, y)
     model = Pixels()
     oracle = nn.functional.cross_entropy(
@@ -84,7 +89,7 @@ def test_the_gradient_is_that_of_the_whole_batch_by_what_counts(engine: str) -> 
 
 def test_a_batch_of_which_nothing_counts_changes_nothing() -> None:
     bundle, (x, _) = pixel_bundle(), pixels()
-    session = in_pieces(bundle, edgetune.plan(bundle, batch=BATCH))
+    session = in_pieces(bundle, dense_plan(bundle))
     y, before = np.full((BATCH, 4, 4), IGNORED), session.state()
     assert np.isnan(session.step(x, y)) and not session.report.applied and session.report.samples == BATCH
     assert same_bits(session.state(), before)
@@ -94,7 +99,7 @@ def test_a_batch_of_which_nothing_counts_changes_nothing() -> None:
 @each_engine
 def test_steps_in_pieces_learn_what_whole_ones_do(engine: str) -> None:
     bundle = bundle_of("dense")
-    plan = edgetune.plan(bundle, batch=BATCH)
+    plan = dense_plan(bundle)
     whole = edgetune.TrainingSession(bundle, plan, engine=engine, verify=False)
     parts = in_pieces(bundle, plan, engine=engine)
     for seed in range(3):
@@ -110,7 +115,9 @@ def test_pieces_capture_no_less_than_the_whole_batch_would(codec: str) -> None:
     """A batch rank r keeps of a piece at least what the best r directions of the whole batch do."""
     bundle, (x, y) = bundle_of(codec), samples(16)
     calibration = plan_of(bundle, 16, 0.8).calibration
-    plan = edgetune.plan(bundle, batch=16, epsilon=0.8, calibration=calibration, tail_micro_batch=4)
+    plan = make_plan(
+        bundle.manifest, batch=16, epsilon=0.8, calibration=calibration, runtime_bytes=0, tail_micro_batch=4
+    )
     assert all(modes.get("b", 0) <= 4 for modes in plan.ranks.values())
     session = edgetune.TrainingSession(bundle, plan, verify=False)
     session.step(x, y)
@@ -146,7 +153,7 @@ def test_pieces_may_be_given_one_by_one_and_are_let_go() -> None:
 
 def test_one_bad_piece_spoils_the_step_and_nothing_else() -> None:
     bundle = bundle_of("dense")
-    session = in_pieces(bundle, edgetune.plan(bundle, batch=BATCH))
+    session = in_pieces(bundle, dense_plan(bundle))
     x, y = samples(BATCH)
     session.step(x, y)
     before, bad = session.state(), x.copy()
