@@ -72,6 +72,12 @@ class StorageError(EdgeTuneError):
     exit_code = 10
 
 
+class MemoryExhaustedError(EngineError):
+    """An allocation failed during a step, whatever the runtime calls that."""
+
+    exit_code = 11
+
+
 def choices(values: Iterable[str]) -> str:
     """Return ``values`` sorted and joined, for the end of an error message."""
     return ", ".join(sorted(values))

@@ -15,6 +15,7 @@ _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_ARENA_MAX = -3, -1, -8
 _THRESHOLD_BYTES = 128 * 1024
 KEPT_BLOCK_BYTES = 4 << 20
 _RELEASES: list[Callable[[], None]] = []
+_CONFINES: list[Callable[[int | None], None]] = []
 
 
 @functools.cache
@@ -70,3 +71,14 @@ def trim_blocks() -> None:
 def at_trim(release: Callable[[], None]) -> None:
     """Have :func:`trim` call ``release`` too, which gives memory back to the system that nothing uses."""
     _RELEASES.append(release)
+
+
+def confine(more_bytes: int | None) -> None:
+    """Let what engines map for themselves grow by at most ``more_bytes`` from now on; None: without a limit."""
+    for limit in _CONFINES:
+        limit(more_bytes)
+
+
+def at_confine(limit: Callable[[int | None], None]) -> None:
+    """Have :func:`confine` call ``limit`` too: for memory that the system's resource limits do not see."""
+    _CONFINES.append(limit)

@@ -17,6 +17,7 @@ import numpy as np
 from edgetune.bundle import Array, Bundle, GraphSpec
 from edgetune.engines import heap
 from edgetune.engines.assembly import Port, assemble
+from edgetune.engines.exhaustion import exhausted, is_exhaustion
 from edgetune.engines.runtime import STEP_GRAPHS, Handle, check_feeds, chosen_graph, is_whole
 from edgetune.errors import EngineError
 from edgetune.planning.selection import Chosen
@@ -148,6 +149,8 @@ class OnnxRuntime:
         try:
             session.run_with_iobinding(binding)
         except Exception as error:  # onnxruntime raises its own kinds, none of them public
+            if is_exhaustion(error):
+                raise exhausted(f"graph '{graph}' of onnxruntime", error) from error
             raise EngineError(f"onnxruntime failed in graph '{graph}': {error}") from error
         # An output keeps its binding alive, and with it everything else that is bound: let go of the inputs at least.
         binding.clear_binding_inputs()
@@ -206,6 +209,8 @@ class OnnxRuntime:
                 session = self._ort.InferenceSession(model, options, providers=self._providers)
             except Exception as error:
                 name = f"graph '{graph}' of {self._bundle.path}"
+                if is_exhaustion(error):
+                    raise exhausted(f"loading {name}", error) from error
                 raise EngineError(f"onnxruntime {self._ort.__version__} cannot load {name}: {error}") from error
             self._sessions[graph, stage] = session
         return self._sessions[graph, stage]

@@ -89,6 +89,7 @@ class TrainingSession:
         self.phase_ended: Callable[[str], None] | None = None
         """Called in every step when ``train`` (of each piece) and ``update`` have run, before anything is let go."""
         self._open: Accumulation | None = None
+        self._whole = True
         self._before: dict[str, Array] | None = None  # what codecs carried before the step that is open
         self._seconds: dict[str, float] = {}
         self._state = TrainedState(bundle, self._runtime)
@@ -172,6 +173,11 @@ class TrainingSession:
         if self._report is None:
             raise EngineError("there is no report before the first step")
         return self._report
+
+    @property
+    def whole(self) -> bool:
+        """Whether the state is that before or after a step: not while, or after, an update was broken off."""
+        return self._whole
 
     def features(self, x: Inputs) -> tuple[Array, ...]:
         """Return the trunk's outputs for ``x``, each [b, ...]; ``plan.micro_batch`` samples at once.
@@ -284,10 +290,13 @@ class TrainingSession:
         done = self._opened()
         begin = time.perf_counter()
         finite = math.isfinite(done.loss) and done.is_finite()
-        norm = self._update(done.gradients) if finite else math.nan
+        norm = math.nan
         if finite:
+            self._whole = False
+            norm = self._update(done.gradients)
             self._state.buffers |= done.buffers
             self._before = None  # what codecs carry stays
+            self._whole = True
         self._seconds["update"] = time.perf_counter() - begin
         self._ended("update")
         correct = round(done.correct) if "correct" in self._manifest.graphs["train"].outputs else None
@@ -414,4 +423,5 @@ class TrainingSession:
         self._state.load(state)
         assert self._codec_inputs is not None
         prefix = "carried/"
-        self._codec_inputs.carry({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
+        self._codec_inputs.restore({n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)})
+        self._whole = True

@@ -15,6 +15,7 @@ import torch
 
 from edgetune.bundle import Array, Bundle, GraphSpec
 from edgetune.engines import heap
+from edgetune.engines.exhaustion import exhausted, is_exhaustion
 from edgetune.engines.runtime import STEP_GRAPHS, Handle, check_feeds, chosen_graph, is_whole
 from edgetune.errors import EngineError, choices
 
@@ -27,6 +28,7 @@ except ImportError as error:
         "run with --engine onnxruntime"
     ) from None
 
+from edgetune.engines.torch_ops.arena import ARENA
 from edgetune.engines.torch_ops.fusion import fuse
 from edgetune.engines.torch_ops.native import native_kernel
 from edgetune.engines.torch_ops.program import Program, Setting
@@ -81,6 +83,7 @@ class TorchRuntime:
         if name == "cpu":
             heap.return_memory_to_the_system()
             heap.keep_blocks()
+            ARENA.reserve()  # now: a limit on data that is set later would forbid it
 
     def choose(self, selection: Mapping[str, str], trained: int | None = None) -> None:
         """Take these options where saved tensors have several, and train these layers."""
@@ -171,6 +174,8 @@ class TorchRuntime:
             try:
                 return dict(program.run(feeds, outputs, into))
             except EngineError as error:
+                if is_exhaustion(error):
+                    raise exhausted(f"graph '{graph}' of torch", error) from error
                 raise EngineError(f"graph '{graph}': {error}") from error
 
     def settle(self) -> None:

@@ -38,6 +38,15 @@ def proportional_bytes(root: Path = PROC) -> int | None:
     return None if match is None else int(match[1]) * 1024
 
 
+def data_bytes(root: Path = PROC) -> int:
+    """Return what counts against this process's resource limit on data now (VmData): mapped, resident or not.
+
+    Raises:
+        EngineError: ``root`` holds no process status.
+    """
+    return _status_bytes(root, "VmData")
+
+
 class PeakMeter:
     """The process's own high-water mark of resident memory, since the last :meth:`reset` where the kernel allows one.
 

@@ -88,6 +88,16 @@ class Arena:
         # What is free again waits here: an array may be collected in the middle of anything.
         self._returned: deque[tuple[int, int]] = deque()
         self.used_bytes, self.peak_bytes = 0, 0
+        self._most_bytes: int | None = None
+
+    def confine(self, more_bytes: int | None) -> None:
+        """Take at most ``more_bytes`` of new pages from now on; None: as many as there are.
+
+        The system's own limits do not see them: the whole region counts as taken from the first moment.
+        """
+        with self._lock:
+            self._collect()
+            self._most_bytes = None if more_bytes is None else self.resident_bytes + max(0, more_bytes)
 
     @property
     def resident_bytes(self) -> int:
@@ -97,7 +107,7 @@ class Arena:
     def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor | None:
         """Return an uninitialised tensor; None where there is no such memory."""
         kind = _TYPES.get(dtype)
-        if kind is None or not self._reserve():
+        if kind is None or not self.reserve():
             return None
         size = -(-math.prod(shape) * dtype.itemsize // _PAGE_BYTES) * _PAGE_BYTES
         with self._lock:
@@ -117,7 +127,8 @@ class Arena:
             self._collect()
             self._give_back(self._kept.bytes)
 
-    def _reserve(self) -> bool:
+    def reserve(self) -> bool:
+        """Take the addresses, once; return whether there are any."""
         if not self._tried:
             self._tried = True
             if sys.platform == "linux":
@@ -144,6 +155,9 @@ class Arena:
         if fitting:
             begin = min(fitting)[1]
             self._kept.cut(begin, begin + size)
+        elif self._most_bytes is not None and self.used_bytes + size > self._most_bytes:
+            # Pages that are kept would be given back for the new ones, so those in use are what counts.
+            raise MemoryError(f"a tensor of {size} bytes, where {self._most_bytes - self.used_bytes} may be taken")
         else:
             ends = {end: begin for begin, end in self._kept.all}
             places = ((ends.get(begin, begin), begin) for begin, end in self._fresh.all)
@@ -177,6 +191,7 @@ class Arena:
 
 ARENA = Arena()
 heap.at_trim(ARENA.release)
+heap.at_confine(ARENA.confine)
 
 
 def fresh(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor | None:
