@@ -15,6 +15,7 @@ from edgetune.agent.work import Work
 from edgetune.bundle import Array
 from edgetune.engines.calibration import calibrate
 from edgetune.engines.certificate import Certificate
+from edgetune.engines.exhaustion import telling_exhaustion
 from edgetune.engines.gradient_error import Batch
 from edgetune.planning.plan import Plan
 from edgetune.planning.spectra import Calibration, identity_calibration
@@ -31,7 +32,9 @@ def begin(work: Work, stopping: Callable[[], bool]) -> None:
         return
     started = time.perf_counter()
     work.parts.meter.reset()
-    calibration = calibrate(work.session, work.bundle.manifest, work.next_features(work.config.calibration_batches))
+    calibration = calibrate(
+        work.measuring("the calibration"), work.bundle.manifest, work.next_features(work.config.calibration_batches)
+    )
     if calibration is not None:
         work.journal.event(
             "calibrated", f"calibrated on {calibration.samples} samples", samples=calibration.samples,
@@ -40,7 +43,7 @@ def begin(work: Work, stopping: Callable[[], bool]) -> None:
         )  # fmt: skip
     calibration = _compared(work, calibration)
     work.keeper.set_calibration(work.step, calibration)
-    work.use(work.budgeter.replan(calibration), "planned", "first plan")
+    work.use(work.budgeter.replan(calibration), "planned", "first plan", **work.enforcer.figures())
     work.refresher.restart(work.budgeter.plan)
     work.accuracy_before = work.evaluate()
     _settle(work)
@@ -55,16 +58,17 @@ def resume(work: Work, tensors: Mapping[str, Array], position: Mapping[str, Any]
     calibration = work.keeper.calibration
     if PlanRequest(**position["request"]) == work.budgeter.request:
         plan = work.budgeter.adopt(Plan.from_json(position["plan"]), calibration, corrected=position["corrected"])
+        work.enforcer.adopted()
         work.session.set_plan(plan)
         work.in_session = plan
     else:
         if work.budgeter.request.allocation == PER_LAYER and (calibration is None or not calibration.errors):
-            work.session.load_state(dict(tensors))
+            work.session.load_state(tensors)
             calibration = _compared(work, calibration)
             work.keeper.set_calibration(work.step, calibration)
         work.use(work.budgeter.replan(calibration), "planned", "what is asked of the plan has changed")
         work.refresher.restart(work.budgeter.plan)
-    work.session.load_state(dict(tensors))
+    work.session.load_state(tensors)
 
 
 def go_back(work: Work) -> None:
@@ -94,10 +98,11 @@ def _compared(work: Work, calibration: Calibration | None) -> Calibration | None
         return work.feeder.labelled(rows, samples, work.session, budgeter.plan.micro_batch)
 
     known = identity_calibration(manifest, work.batch) if calibration is None else calibration
-    found = compare(
-        work.session, manifest, known, feed,
-        lambda samples, held_bytes: budgeter.limits(samples, held_bytes, resident_bytes), meter,
-    )  # fmt: skip
+    with telling_exhaustion("the comparison of codecs"):
+        found = compare(
+            work.session, manifest, known, feed,
+            lambda samples, held_bytes: budgeter.limits(samples, held_bytes, resident_bytes), meter,
+        )  # fmt: skip
     work.session.set_plan(work.in_session)
     work.journal.event(
         "compared", str(found), step=work.step, samples=found.samples, left_out=found.left_out,

@@ -57,12 +57,51 @@ class Budgeter:
     def __init__(self, manifest: Manifest, request: PlanRequest, runtime_bytes: int, reserve_bytes: int = 0) -> None:
         self.manifest, self.request, self.runtime_bytes = manifest, request, runtime_bytes
         self.corrected = False
+        self.limit_bytes = request.budget_bytes
         self._most_measured_bytes = 0
-        self._reserve_bytes = reserve_bytes
+        self._reserve_bytes = self._first_reserve_bytes = reserve_bytes
         # Before any calibration an ε says nothing of ranks; whether it fits is seen afterwards.
         limited = request.budget_bytes is not None or request.activation_budget_bytes is not None
         self._yielded = False
         self.plan = self._make(None, 0, None if limited else request.epsilon)
+
+    @property
+    def need_bytes(self) -> int:
+        """What the plan in force takes at its peak, and what is to stay free of a budget."""
+        return self.plan.predicted_peak_bytes + self._reserve_bytes
+
+    def within(self, limit_bytes: int | None) -> Plan:
+        """Plan anew for another limit, with the correction known so far; None: without a limit.
+
+        A given ε that does not fit yields; where nothing fits with the reserve, it is given up.
+
+        Raises:
+            BudgetError: nothing fits; plan and limit are as before.
+        """
+        before = self.limit_bytes, self._yielded, self._reserve_bytes
+        self.limit_bytes, error = limit_bytes, None
+        for yielded, reserve_bytes in self._concessions():
+            self._yielded, self._reserve_bytes = yielded, reserve_bytes
+            try:
+                self.plan = self._make(self.plan.calibration, self.plan.correction_bytes, self._epsilon())
+                return self.plan
+            except BudgetError as refused:
+                error = refused
+        self.limit_bytes, self._yielded, self._reserve_bytes = before
+        assert error is not None
+        raise error
+
+    def _concessions(self) -> list[tuple[bool, int]]:
+        """Return what may be given up for a limit, the least first: (whether a given ε is, the reserve)."""
+        given = [False, True] if self.request.epsilon is not None else [False]
+        reserves = sorted({self._first_reserve_bytes, self._reserve_bytes, 0}, reverse=True)
+        if self._reserve_bytes > self._first_reserve_bytes:
+            reserves = [self._reserve_bytes, 0]  # it was raised because what was there was not enough
+        return [(yielded, reserve_bytes) for reserve_bytes in reserves for yielded in given]
+
+    def ask(self, budget_bytes: int | None) -> None:
+        """Note what the user asks for now; :meth:`within` plans for it."""
+        self.request = dataclasses.replace(self.request, budget_bytes=budget_bytes)
 
     def replan(self, calibration: Calibration | None) -> Plan:
         """Plan anew for a new calibration, with the correction known so far; return the plan in force."""
@@ -99,7 +138,7 @@ class Budgeter:
         """
         ledger = self.plan.ledger
         excess_bytes = resident_bytes - sum(ledger.get(line, 0) for line in ALWAYS_THERE)
-        if self.request.budget_bytes is None or excess_bytes <= self.plan.correction_bytes:
+        if self.limit_bytes is None or excess_bytes <= self.plan.correction_bytes:
             return None
         try:
             self.plan = self._make(self.plan.calibration, excess_bytes, self._epsilon())
@@ -115,7 +154,7 @@ class Budgeter:
         if calibration is None and plan.ranks:
             calibration = identity_calibration(self.manifest, self.request.batch)
         self.plan = dataclasses.replace(plan, calibration=calibration)
-        self.corrected = corrected
+        self.corrected, self.limit_bytes = corrected, plan.budget_bytes
         asked = self.request.epsilon
         self._yielded = asked is not None and plan.epsilon is not None and plan.epsilon != asked
         return self.plan
@@ -129,7 +168,7 @@ class Budgeter:
         """
         higher = measured_bytes > self._most_measured_bytes
         self._most_measured_bytes = max(self._most_measured_bytes, measured_bytes)
-        budget = self.request.budget_bytes
+        budget = self.limit_bytes
         return budget is not None and measured_bytes > budget - self._reserve_bytes // 3 and (resettable or higher)
 
     def correct(self, measured_bytes: int) -> Plan:
@@ -138,10 +177,10 @@ class Budgeter:
         With a given epsilon that no longer fits the budget, the budget wins: the largest epsilon that fits is taken.
         """
         correction = measured_bytes - self._step_peak_bytes()
-        if self.corrected and self.request.budget_bytes is not None:
+        if self.corrected and self.limit_bytes is not None:
             # The reserve was not enough; what exceeded it may come again.
-            self._reserve_bytes += max(0, measured_bytes - self.request.budget_bytes)
-        budget_bytes = self.request.budget_bytes
+            self._reserve_bytes += max(0, measured_bytes - self.limit_bytes)
+        budget_bytes = self.limit_bytes
         if budget_bytes is not None and measured_bytes + self._reserve_bytes > budget_bytes:
             self._yielded = self.request.epsilon is not None
             if not self.plan.ranks and measured_bytes <= budget_bytes:
@@ -150,9 +189,9 @@ class Budgeter:
         try:
             self.plan = self._make(self.plan.calibration, correction, self._epsilon())
         except BudgetError:
-            if self.request.allocation != PER_LAYER or budget_bytes is None or measured_bytes > budget_bytes:
+            if budget_bytes is None or measured_bytes > budget_bytes:
                 raise
-            self._reserve_bytes = 0  # no selection takes less, and the budget is kept without it
+            self._reserve_bytes = 0  # nothing takes less, and the budget is kept without it
             self.plan = self._make(self.plan.calibration, correction, self._epsilon())
         return self.plan
 
@@ -168,7 +207,7 @@ class Budgeter:
             excess_bytes = resident_bytes - sum(self.plan.ledger.get(line, 0) for line in ALWAYS_THERE)
         request = self.request
         return Limits(
-            samples, self.runtime_bytes, request.budget_bytes, request.activation_budget_bytes,
+            samples, self.runtime_bytes, self.limit_bytes, request.activation_budget_bytes,
             max(0, self.plan.correction_bytes, excess_bytes) + held_bytes, self._reserve_bytes,
         )  # fmt: skip
 
@@ -194,7 +233,7 @@ class Budgeter:
                 manifest,
                 batch=request.batch,
                 calibration=known,
-                budget_bytes=request.budget_bytes,
+                budget_bytes=self.limit_bytes,
                 activation_budget_bytes=request.activation_budget_bytes,
                 runtime_bytes=self.runtime_bytes,
                 correction_bytes=correction_bytes,

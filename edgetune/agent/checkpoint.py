@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,13 @@ _DTYPES = {
     "float64": "F64", "float32": "F32", "float16": "F16", "int64": "I64", "int32": "I32", "int16": "I16",
     "int8": "I8", "uint64": "U64", "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
 }  # fmt: skip
+_NUMPY = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint: ``tensors`` is the session's state, ``position`` all else (plain JSON data)."""
+    """A verified checkpoint: ``tensors`` is the session's state, each read from the file when it is asked for,
+    ``position`` all else (plain JSON data)."""
 
     path: Path
     step: int
@@ -109,16 +111,41 @@ def load_newest(directory: Path, damaged: Callable[[Path], None]) -> Checkpoint 
         if not verified(path):
             damaged(path)
             continue
-        position = read_position(path)
-        with safe_open(path, framework="numpy") as stream:
-            tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118 (not a mapping)
-        return Checkpoint(path, step, tensors, position)
+        return Checkpoint(path, step, _Stored(path), read_position(path))
     if paths:
         raise StateError(
             f"none of the {len(paths)} checkpoints in {directory} is intact; restore them from a copy, or move the "
             "directory away to start anew"
         )
     return None
+
+
+class _Stored(Mapping[str, Array]):
+    """The tensors of a file, each read when it is asked for: all of them at once would double a run's state."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            header: dict[str, Any] = json.loads(stream.read(size))
+        header.pop("__metadata__", None)
+        self._entries, self._begin = header, 8 + size
+
+    def __getitem__(self, name: str) -> Array:
+        entry = self._entries[name]
+        begin, end = entry["data_offsets"]
+        dtype = np.dtype(_NUMPY[entry["dtype"]])
+        count = (end - begin) // dtype.itemsize
+        values: Array = np.fromfile(self._path, dtype, count, offset=self._begin + begin)
+        if len(values) != count:
+            raise StateError(f"the checkpoint {self._path} ends too early; restore it from a copy")
+        return values.reshape(entry["shape"])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
 
 
 def read_position(path: Path) -> dict[str, Any]:

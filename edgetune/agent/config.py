@@ -22,6 +22,7 @@ class AgentConfig:
         data: the folder with the samples. state: the agent's own directory.
         budget_bytes: what the whole process may take; None = no limit.
         activation_budget_bytes: bytes saved for the backward pass; None = no limit.
+        reserve_bytes: what is left to others of the memory that there is; None = 1/16 of it, at most 256 MiB.
         engine: name of the engine, ``auto`` to choose.
         memory: ``lean``, or ``fast``: the engine may take more than planned where that saves time.
         batch, seed: None = those that the state directory was made with, else the defaults.
@@ -37,6 +38,7 @@ class AgentConfig:
         quiet: print nothing but errors.
         calibration_batches: batches whose Gram matrices are summed before training begins.
         settle_seconds: a file that cannot be decoded is retried until it has not changed for this long.
+        pause_seconds: how often a run that waits for memory looks again.
         rescan_seconds: the folder is listed again at least this often, whether or not a change was reported.
     """
 
@@ -44,6 +46,7 @@ class AgentConfig:
     state: Path
     budget_bytes: int | None = None
     activation_budget_bytes: int | None = None
+    reserve_bytes: int | None = None
     engine: str = "auto"
     memory: str = "lean"
     batch: int | None = None
@@ -61,6 +64,7 @@ class AgentConfig:
     calibration_batches: int = 2
     settle_seconds: float = 1.0
     rescan_seconds: float = 5.0
+    pause_seconds: float = 0.5
 
     def check(self, known_scalars: Mapping[str, float]) -> None:
         """Refuse impossible settings, all of them in one message.

@@ -9,16 +9,25 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 import numpy as np
 
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Sample
-from edgetune.agent.parts import Session
+from edgetune.agent.parts import Meter, Session
 from edgetune.agent.sources import FolderSource
 from edgetune.bundle import Array
 from edgetune.errors import DataError
+
+Computing: TypeAlias = "Callable[[str], AbstractContextManager[None]]"
+"""Makes the block in which a session computes what is named."""
+
+
+def _freely(what: str) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 @dataclass
@@ -38,6 +47,20 @@ class Feeder:
 
     def __init__(self, source: FolderSource, decoder: Decoder) -> None:
         self.source, self.decoder = source, decoder
+        self.decode_peak_bytes, self.decode_peak_path = 0, ""
+        self._meter: Meter | None = None
+        self._other_peak_bytes = 0
+
+    def begin_measuring(self, meter: Meter) -> None:
+        """Let ``meter`` start anew, and measure the unpacking of files apart from all else from now on."""
+        meter.reset()
+        self._meter = meter if meter.resettable else None
+        self._other_peak_bytes = self.decode_peak_bytes = 0
+        self.decode_peak_path = ""
+
+    def peak_bytes(self, meter: Meter) -> int:
+        """Return the peak since :meth:`begin_measuring`, without what unpacking files took."""
+        return max(self._other_peak_bytes, meter.peak_bytes())
 
     def load(self, sample: Sample) -> Array:
         """Return one decoded sample.
@@ -50,26 +73,39 @@ class Feeder:
             raise DataError("its content changed after it was recorded")
         return self.decoder.decode(data)
 
-    def feed(self, take: Callable[[], Sample | None], count: int, session: Session, micro_batch: int) -> Fed:
+    def feed(
+        self,
+        take: Callable[[], Sample | None],
+        count: int,
+        session: Session,
+        micro_batch: int,
+        computing: Computing = _freely,
+        into: Fed | None = None,
+    ) -> Fed:
         """Return a batch of up to ``count`` samples that ``take`` gives one by one (None: there are no more).
+
+        The session runs in blocks ``computing(what)``; files are unpacked outside of them. What is found is in
+        ``into`` even if an error ends it.
 
         A sample that cannot be read is listed as bad and replaced by the next, so a batch is short only where the
         samples end.
         """
-        fed = Fed()
+        fed = Fed() if into is None else into
         images = np.empty((min(micro_batch, count), *self.decoder.shape), np.float32)
         while len(fed.samples) < count:
             waiting = self._fill(images[: count - len(fed.samples)], take, fed)
             if not waiting:
                 break
             started = time.perf_counter()
-            outputs = session.features(images[: len(waiting)])
-            if not fed.features:
-                # Allocated once at full size: joining pieces at the end would hold the features twice.
-                fed.features = tuple(np.empty((count, *value.shape[1:]), value.dtype) for value in outputs)
-            at = len(fed.samples)
-            for whole, piece in zip(fed.features, outputs, strict=True):
-                whole[at : at + len(waiting)] = piece
+            with computing("the trunk"):
+                outputs = session.features(images[: len(waiting)])
+                if not fed.features:
+                    # Allocated once at full size: joining pieces at the end would hold the features twice.
+                    fed.features = tuple(np.empty((count, *value.shape[1:]), value.dtype) for value in outputs)
+                at = len(fed.samples)
+                for whole, piece in zip(fed.features, outputs, strict=True):
+                    whole[at : at + len(waiting)] = piece
+            del outputs
             fed.samples += waiting
             fed.seconds["trunk"] += time.perf_counter() - started
         fed.features = tuple(value[: len(fed.samples)] for value in fed.features)
@@ -77,12 +113,17 @@ class Feeder:
         return fed
 
     def batches(
-        self, samples: Iterable[Sample], count: int, session: Session, micro_batch: int
+        self,
+        samples: Iterable[Sample],
+        count: int,
+        session: Session,
+        micro_batch: int,
+        computing: Computing = _freely,
     ) -> Iterator[tuple[Array, ...]]:
         """Yield the features of ``samples``, ``count`` at a time; those that cannot be read are left out."""
         rows = iter(samples)
         while True:
-            fed = self.feed(lambda: next(rows, None), count, session, micro_batch)
+            fed = self.feed(lambda: next(rows, None), count, session, micro_batch, computing)
             if not fed.samples:
                 return
             yield fed.features
@@ -114,6 +155,9 @@ class Feeder:
     def _fill(self, images: Array, take: Callable[[], Sample | None], fed: Fed) -> list[Sample]:
         """Decode samples into ``images`` until it is full or there are no more; return the rows that are in it."""
         started, waiting = time.perf_counter(), list[Sample]()
+        if self._meter is not None:
+            self._other_peak_bytes = max(self._other_peak_bytes, self._meter.peak_bytes())
+            self._meter.reset()
         while len(waiting) < len(images) and (sample := take()) is not None:
             try:
                 images[len(waiting)] = self.load(sample)
@@ -123,5 +167,10 @@ class Feeder:
                     # Every sample would be "missing"; none of them is at fault.
                     raise DataError(f"the data folder '{self.source.root}' is gone; mount it and run again") from None
                 fed.bad.append((sample, str(error)))
+        if self._meter is not None:
+            if waiting and (peak_bytes := self._meter.peak_bytes()) > self.decode_peak_bytes:
+                self.decode_peak_bytes = peak_bytes
+                self.decode_peak_path = " to ".join(dict.fromkeys((waiting[0].path, waiting[-1].path)))
+            self._meter.reset()
         fed.seconds["decode"] += time.perf_counter() - started
         return waiting

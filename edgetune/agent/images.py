@@ -94,13 +94,23 @@ class Decoder:
         if not data.startswith(_NPY):
             raise DataError("not a .npy array")
         try:
-            value = np.load(io.BytesIO(data), allow_pickle=False)
-        except Exception as error:  # numpy raises nearly anything on a damaged header, MemoryError included
+            stream = io.BytesIO(data)
+            version = np.lib.format.read_magic(stream)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(stream)
+        except Exception as error:  # numpy raises nearly anything on a damaged header
             raise DataError(f"not a readable .npy array ({type(error).__name__}: {error})") from None
-        if value.dtype.kind not in "fiub":
-            raise DataError(f"its type is {value.dtype}; expected numbers")
-        if not isinstance(value, np.ndarray) or value.shape != self.shape:
-            raise DataError(f"its shape is {getattr(value, 'shape', None)}; expected {self.shape}")
+        # Before any memory is taken for it: a header may promise anything.
+        if dtype.kind not in "fiub":
+            raise DataError(f"its type is {dtype}; expected numbers")
+        if shape != self.shape:
+            raise DataError(f"its shape is {shape}; expected {self.shape}")
+        try:
+            value: Array = np.load(io.BytesIO(data), allow_pickle=False)
+        except MemoryError:
+            raise
+        except Exception as error:  # numpy raises nearly anything on damaged data
+            raise DataError(f"not a readable .npy array ({type(error).__name__}: {error})") from None
         if not np.all(np.isfinite(value)):
             raise DataError("it holds numbers that are not finite")
         return value.astype(np.float32)

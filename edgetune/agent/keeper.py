@@ -94,6 +94,10 @@ class Keeper:
             self.journal.event("restored", f"resumed at step {step}", step=step, marks_taken_back=marks)
         return found
 
+    def newest(self) -> Checkpoint | None:
+        """Return the newest intact checkpoint, whatever has happened since; None: there is none."""
+        return checkpoints.load_newest(self.path, self._damaged)
+
     def _damaged(self, path: Path) -> None:
         self.journal.event("damaged", f"{path.name} is damaged; the checkpoint before it is used", file=path.name)
         try:

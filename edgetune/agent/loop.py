@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from edgetune.agent.beginning import begin, resume
+from edgetune.agent.checkpoint import Checkpoint
 from edgetune.agent.config import AgentConfig
 from edgetune.agent.feeder import Feeder
 from edgetune.agent.images import Decoder
@@ -19,6 +20,7 @@ from edgetune.agent.journal import Journal
 from edgetune.agent.keeper import Keeper
 from edgetune.agent.ledger import Ledger
 from edgetune.agent.parts import Parts, real_parts
+from edgetune.agent.rehearsal import rehearse
 from edgetune.agent.signals import stopping_on_signals
 from edgetune.agent.sources import FolderSource
 from edgetune.agent.state import StateDirectory
@@ -27,7 +29,7 @@ from edgetune.agent.supply import Supply
 from edgetune.agent.view import View, make_view
 from edgetune.agent.work import Work
 from edgetune.bundle import Bundle
-from edgetune.errors import BudgetError, StorageError
+from edgetune.errors import BudgetError, MemoryExhaustedError, StorageError
 from edgetune.telemetry.runlog import RunLog
 
 RETRY_SAVE_SECONDS = 60.0  # while the agent waits and the disk refuses
@@ -119,19 +121,21 @@ class Agent:
             journal=self.journal, ledger=self.ledger, feeder=self.feeder, keeper=self.keeper, supply=supply,
         )  # fmt: skip
         try:
-            # A state that was stopped before its first batch has never been calibrated.
-            if found is None or (found.step == 0 and self.keeper.calibration is None):
-                begin(work, self.stopping)
-            else:
-                resume(work, found.tensors, found.position)
-                del found
+            if not work.go_on(self.stopping):  # nothing is loaded yet, so there is nothing to save
+                assert self.stop_reason is not None
+                self._stopped(self.stop_reason)
+                return Outcome(0 if found is None else found.step, None, None, self.stop_reason)
+            work.make_session()
+            while not self._begin(work, found) and work.go_on(self.stopping):
+                pass
+            del found
             ends = [work.step + supply.steps_left()] if config.once else []
             ends += [config.max_steps] if config.max_steps is not None else []
             work.now.steps_total = min(ends, default=None)
             reason = self._train()
         except BudgetError as error:
             # It arises between two steps, so what was trained until then is sound and worth keeping.
-            if work.step != self.keeper.saved_step:
+            if work.loaded and work.step != self.keeper.saved_step:
                 work.save(evaluate=False)
             self._stopped(str(error))
             raise
@@ -139,6 +143,26 @@ class Agent:
             self._stopped(str(error))
             raise
         return self._finish(reason)
+
+    def _begin(self, work: Work, found: Checkpoint | None) -> bool:
+        """Begin, or go on from ``found``; return whether that is done: if not, there must be more memory first."""
+        try:
+            # A state that was stopped before its first batch has never been calibrated.
+            if found is None or (found.step == 0 and self.keeper.calibration is None):
+                begin(work, self.stopping)
+            else:
+                resume(work, found.tensors, found.position)
+            if not self.stopping():
+                rehearse(work)
+            return True
+        except BudgetError as error:
+            work.enforcer.refused(error)
+            return False
+        except MemoryExhaustedError as error:
+            text = str(error)  # the error itself holds on to everything that was alive where it arose
+        self.journal.event("exhausted", text, step=work.step, reason=text, applied=False)
+        work.enforcer.exhausted("the beginning ran out of memory")
+        return False
 
     def _train(self) -> str:
         config, work = self.config, self.work
@@ -153,7 +177,7 @@ class Agent:
                     work.save()
                     self._retry_save_at = time.monotonic() + RETRY_SAVE_SECONDS
                 self.supply.wait()
-            elif train_step(work) and work.step % config.checkpoint_every == 0:
+            elif work.go_on(self.stopping) and train_step(work) and work.step % config.checkpoint_every == 0:
                 work.save()
                 if not config.once:
                     self.supply.look()

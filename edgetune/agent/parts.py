@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from edgetune.bundle import Array, Bundle
 from edgetune.planning.plan import Plan
+from edgetune.telemetry.available import UNKNOWN_BYTES, Available
 
 
 class Report(Protocol):
@@ -31,10 +32,16 @@ class Report(Protocol):
 
 
 class Session(Protocol):
-    """The part of ``engines.TrainingSession`` that the agent uses. Batches come first in every shape."""
+    """The part of ``engines.TrainingSession`` that the agent uses. Batches come first in every shape.
+
+    ``whole`` is False while, and after, a step was broken off in the midst of its update: the state is then neither
+    that before it nor that after it, until another one is loaded.
+    """
 
     @property
     def report(self) -> Any: ...
+    @property
+    def whole(self) -> bool: ...
     def features(self, x: Array) -> tuple[Array, ...]: ...
     def step_features(self, features: Sequence[Array], y: Array) -> float: ...
     def gradients_from(self, features: Sequence[Array], y: Array) -> tuple[float, dict[str, Array]]: ...
@@ -42,7 +49,7 @@ class Session(Protocol):
     def grams(self, features: tuple[Array, ...]) -> dict[str, dict[str, Array]]: ...
     def set_plan(self, plan: Plan) -> None: ...
     def state(self) -> dict[str, Array]: ...
-    def load_state(self, state: dict[str, Array]) -> None: ...
+    def load_state(self, state: Mapping[str, Array]) -> None: ...
 
 
 class SessionFactory(Protocol):
@@ -75,7 +82,8 @@ class Parts:
     """The replaceable parts of an agent.
 
     ``runtime_bytes(bundle, engine, memory)`` is what the process takes before anything of a plan is allocated;
-    ``reserve_bytes`` are left free of a budget; ``engine(asked)`` tells which engine runs, and why.
+    ``reserve_bytes`` are left free of a budget; ``engine(asked)`` tells which engine runs, and why;
+    ``available()`` is what this process may still take, ``resident_bytes()`` what it has.
     """
 
     session_factory: SessionFactory
@@ -83,6 +91,8 @@ class Parts:
     runtime_bytes: Callable[[Bundle, str, str], int]
     reserve_bytes: int = 0
     engine: Callable[[str], str] = str
+    available: Callable[[], Available] = lambda: Available(UNKNOWN_BYTES, "nothing tells")
+    resident_bytes: Callable[[], int] = int
 
 
 def real_parts() -> Parts:
@@ -95,6 +105,9 @@ def real_parts() -> Parts:
     from edgetune.engines.choice import describe_engine
     from edgetune.engines.session import TrainingSession
     from edgetune.planning.plan import RESERVE_BYTES
-    from edgetune.telemetry.process import PeakMeter
+    from edgetune.telemetry.available import available_bytes
+    from edgetune.telemetry.process import PeakMeter, resident_bytes
 
-    return Parts(TrainingSession, PeakMeter(), runtime_bytes, RESERVE_BYTES, describe_engine)
+    return Parts(
+        TrainingSession, PeakMeter(), runtime_bytes, RESERVE_BYTES, describe_engine, available_bytes, resident_bytes
+    )

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from edgetune.agent.journal import Journal
-from edgetune.agent.parts import Meter, Session
+from edgetune.agent.parts import Meter
 from edgetune.bundle import Array, Manifest
-from edgetune.engines.calibration import calibrate
+from edgetune.engines.calibration import Measures, calibrate
 from edgetune.engines.certificate import Certificate, Finding, Kind
 from edgetune.errors import DataError
 from edgetune.planning.plan import Plan
@@ -54,7 +54,7 @@ class Refresher:
             self._journal.event("energy_accepted", text, step=step, tensors=lost)
 
     def measure(
-        self, step: int, session: Session, meter: Meter, features: Iterable[tuple[Array, ...]]
+        self, step: int, session: Measures, meter: Meter, features: Iterable[tuple[Array, ...]]
     ) -> Calibration | None:
         """Return what new batches of ``features`` say of all tensors; None if they cannot tell, which is logged."""
         started = time.perf_counter()

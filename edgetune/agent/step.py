@@ -12,49 +12,64 @@ from edgetune.agent.beginning import go_back
 from edgetune.agent.budget import release_memory
 from edgetune.agent.feeder import Fed
 from edgetune.agent.work import Work
-from edgetune.errors import DataError
-from edgetune.planning.plan import Plan
-from edgetune.planning.selection import described
-from edgetune.units import format_bytes
+from edgetune.errors import DataError, MemoryExhaustedError
+from edgetune.planning.spectra import Calibration
 
 MOST_BAD_BATCHES = 5
 
 
 def train_step(work: Work) -> bool:
-    """Train on the next batch; return whether a step was made (not if the batch was bad)."""
+    """Train on the next batch; return whether a step was made (not if the batch was bad, or memory ran out)."""
     if work.refresher.due:
         _refresh(work)
+    passes: dict[int, int] = {}
+    fed = Fed()
+    try:
+        return _train(work, fed, passes)
+    except MemoryExhaustedError as error:
+        text = str(error)  # the error itself holds on to everything that was alive where it arose
+    _answer(work, fed, passes, text)
+    return False
+
+
+def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
     started = time.perf_counter()
     meter, plan, epoch = work.parts.meter, work.budgeter.plan, work.supply.epoch
-    meter.reset()
-    passes: dict[int, int] = {}
-    fed = work.feeder.feed(work.supply.taker(passes), work.batch, work.session, plan.micro_batch)
+    work.begin_measuring()
+    work.feeder.feed(work.supply.taker(passes), work.batch, work.session, plan.micro_batch, work.computing, fed)
     work.supply.quarantine(fed.bad)
     if not fed.samples:
         return False
     began = time.perf_counter()
     # Handed over in a list, which the session empties: the features are not in memory during the backward pass.
     features, fed.features = list(fed.features), ()
-    work.session.step_features(features, fed.labels)
+    with work.computing("the step"):
+        work.session.step_features(features, fed.labels)
     report, train_seconds = work.session.report, time.perf_counter() - began
     if not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm)):
         _recover(work, fed, "loss" if not math.isfinite(report.loss) else "gradient")
         return False
-    measured_bytes = meter.peak_bytes()
+    peak_bytes = work.feeder.peak_bytes(meter)
+    measured_bytes = max(peak_bytes, work.feeder.decode_peak_bytes)
     work.step += 1
     work.supply.trained(fed.samples, passes, work.step)
+    work.enforcer.went_well()
     seconds = {"train": train_seconds, **fed.seconds}
     if "train" in report.seconds:  # the session tells its phases apart
         seconds.update(report.seconds)
     accuracy = report.correct / max(report.samples, 1)
+    allowance = work.enforcer.allowance
     work.journal.event(
         "step", step=work.step, epoch=epoch, loss=report.loss, accuracy=accuracy, epsilon=plan.epsilon,
         ranks=dict(plan.ranks), energy=dict(report.energy), predicted_peak_bytes=plan.predicted_peak_bytes,
-        measured_peak_bytes=measured_bytes, budget_bytes=plan.budget_bytes, samples=len(fed.samples),
+        measured_peak_bytes=measured_bytes, decode_peak_bytes=work.feeder.decode_peak_bytes,
+        budget_bytes=allowance.asked, effective_budget_bytes=allowance.limit, planned_bytes=plan.budget_bytes,
+        condition=work.enforcer.condition.value, samples=len(fed.samples),
         seconds={name: round(value, 6) for name, value in seconds.items()},
     )  # fmt: skip
     energy = {name: float(value) for name, value in report.energy.items() if math.isfinite(value)}
-    _check_memory(work, measured_bytes, resettable=meter.resettable is not False)
+    work.judge_decoding()
+    work.enforcer.measured(peak_bytes, resettable=meter.resettable is not False)
     if len(fed.samples) == work.batch:  # a shorter one says less, and its batch rank is nearly full
         work.refresher.observe(work.step, energy, work.budgeter.plan)
     taken_seconds = time.perf_counter() - started
@@ -66,22 +81,24 @@ def train_step(work: Work) -> bool:
     return True
 
 
-def _check_memory(work: Work, measured_bytes: int, *, resettable: bool) -> None:
-    """Lower the plan after an overrun; correct its prediction after the first step."""
-    old = work.budgeter.plan
-    if work.budgeter.overrun(measured_bytes, resettable=resettable):
-        plan = work.budgeter.correct(measured_bytes)
-        reason = (
-            f"measured {format_bytes(measured_bytes)} against a budget of {format_bytes(old.budget_bytes or 0)}: "
-            f"{_kept(old)} -> {_kept(plan)}, micro-batch {old.micro_batch} -> {plan.micro_batch}"
-        )
-        work.use(plan, "degrade", reason, measured_peak_bytes=measured_bytes)
-        release_memory()
-    elif not work.budgeter.corrected:
-        plan = work.budgeter.correct(measured_bytes)
-        work.use(plan, "planned", "corrected by the first measured step", measured_peak_bytes=measured_bytes)
-    if (work.budgeter.plan.ranks, work.budgeter.plan.selection) != (old.ranks, old.selection):
-        work.refresher.restart(work.budgeter.plan)
+def _answer(work: Work, fed: Fed, passes: dict[int, int], text: str) -> None:
+    """Take back a step in which memory ran out, and go on with a lower plan: no sample is lost, none trained twice."""
+    work.supply.quarantine(fed.bad)
+    bad = {sample.id for sample, _ in fed.bad}
+    whole, samples = work.session.whole, [work.ledger.get(number) for number in passes if number not in bad]
+    after = "nothing was applied: the batch is trained again" if whole else "the update was broken off: back to what is"
+    after += "" if whole else f" stored of step {work.keeper.saved_step or 0}"
+    work.journal.event(
+        "exhausted", f"{text}; {after}", step=work.step, reason=text, applied=not whole, samples=len(samples),
+        **work.enforcer.figures(),
+    )  # fmt: skip
+    fed.features = ()
+    release_memory()
+    if whole:
+        work.supply.give_back(samples, passes)
+    else:
+        go_back(work)
+    work.enforcer.exhausted(f"step {work.step + 1} ran out of memory")
 
 
 def _refresh(work: Work) -> None:
@@ -89,9 +106,19 @@ def _refresh(work: Work) -> None:
     if len(work.supply.preview(work.batch)) < work.batch:
         return  # too little data to tell
     features = work.next_features(work.refresher.batches(work.batch, work.config.calibration_batches))
-    calibration = work.refresher.measure(work.step, work.session, work.parts.meter, features)
-    if calibration is None:
+    try:
+        session = work.measuring("new bases")
+        calibration = work.refresher.measure(work.step, session, work.parts.meter, features)
+    except MemoryExhaustedError as error:
+        text = str(error)
+    else:
+        if calibration is not None:
+            _rebase(work, calibration)
         return
+    work.enforcer.exhausted(f"at step {work.step}, new bases: {text}")
+
+
+def _rebase(work: Work, calibration: Calibration) -> None:
     old, plan = work.budgeter.plan, work.budgeter.refresh(calibration)
     work.keeper.set_calibration(work.step, plan.calibration)
     reason, figures = work.refresher.refreshed(old, plan)
@@ -110,7 +137,3 @@ def _recover(work: Work, fed: Fed, what: str) -> None:
             f"{MOST_BAD_BATCHES} batches without a checkpoint in between gave a loss that is not finite; the "
             "learning rate is likely too high: lower --learning-rate and run again (the last checkpoint is intact)"
         )
-
-
-def _kept(plan: Plan) -> str:
-    return described(plan.selection) if plan.epsilon is None else f"ε {plan.epsilon}"

@@ -96,6 +96,11 @@ class Supply:
         for row in rows:
             self.pool.add(row.id, row.sha256, passes[row.id] + 1)
 
+    def give_back(self, samples: Iterable[Sample], passes: dict[int, int]) -> None:
+        """Put samples that were handed out, but not trained, back in their places."""
+        for row in samples:
+            self.pool.add(row.id, row.sha256, passes[row.id])
+
     def rebuild(self) -> None:
         """Fill the pool from the ledger: at the start, and after training marks were taken back."""
         self.pool = Pool(self.seed, self.config.epochs)

@@ -30,6 +30,7 @@ class Snapshot:
     epsilon: float | None = None
     energy: float | None = None
     codecs: str = ""
+    condition: str = "running"
     refreshes: int = 0
     quarantined: int = 0
     steps_per_second: float = 0.0
@@ -146,6 +147,8 @@ def _lines(now: Snapshot) -> Iterable[tuple[str, str]]:
     )
     if now.epsilon is not None:
         yield "ε", f"{now.epsilon:.4f}" + ("" if now.energy is None else f" (captured energy {now.energy:.4f})")
+    if now.condition != "running":
+        yield "condition", now.condition
     if now.codecs:
         yield "codecs", now.codecs
     if now.refreshes:

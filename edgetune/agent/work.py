@@ -7,24 +7,32 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 
+from edgetune.agent.allowance import AllowanceReader
 from edgetune.agent.budget import Budgeter, PlanRequest, same_shape, summary
+from edgetune.agent.ceiling import ceiling
 from edgetune.agent.config import AgentConfig
+from edgetune.agent.enforcement import Enforcer
 from edgetune.agent.feeder import Feeder
 from edgetune.agent.journal import Journal
 from edgetune.agent.keeper import Keeper
-from edgetune.agent.ledger import Ledger
-from edgetune.agent.parts import Parts
+from edgetune.agent.ledger import Ledger, Sample
+from edgetune.agent.parts import Parts, Session
 from edgetune.agent.refresher import Refresher
 from edgetune.agent.supply import Supply
 from edgetune.agent.view import Snapshot
 from edgetune.bundle import Array, Bundle
+from edgetune.engines.calibration import Measures
+from edgetune.engines.exhaustion import telling_exhaustion
+from edgetune.errors import MemoryExhaustedError
 from edgetune.planning.plan import Plan
 from edgetune.planning.selection import described
+from edgetune.units import format_bytes
 
 MOST_EVALUATED = 1024
 
@@ -44,10 +52,10 @@ class Work:
         keeper: Keeper,
         supply: Supply,
     ) -> None:
-        """Make a first plan and load the session.
+        """Make a first plan; :meth:`make_session` then loads the bundle.
 
         Raises:
-            BudgetError: no plan fits. EngineError: no runtime, or not the one that the bundle needs.
+            BudgetError: no plan fits the user's budget. EngineError: no runtime.
         """
         self.bundle, self.config, self.parts, self.journal = bundle, config, parts, journal
         self.ledger, self.feeder, self.keeper, self.supply = ledger, feeder, keeper, supply
@@ -57,39 +65,69 @@ class Work:
         self.accuracy_before: float | None = None
         self.accuracy: float | None = None
         self.now = Snapshot(budget_bytes=config.budget_bytes)
+        reader = AllowanceReader(
+            keeper.path, config.budget_bytes, config.reserve_bytes, available=parts.available,
+            resident_bytes=parts.resident_bytes, refused=lambda reason: journal.event("budget_refused", reason),
+        )  # fmt: skip
+        asked = reader.read().asked
         request = PlanRequest(
-            self.batch, config.budget_bytes, config.activation_budget_bytes, config.epsilon, config.allocation,
+            self.batch, asked, config.activation_budget_bytes, config.epsilon, config.allocation,
             config.codec,
         )  # fmt: skip
         runtime_bytes = parts.runtime_bytes(bundle, config.engine, config.memory)
         self.budgeter = Budgeter(bundle.manifest, request, runtime_bytes, parts.reserve_bytes)
-        self.make_session()
+        self.enforcer = Enforcer(
+            self.budgeter, reader, journal, use=self.use, save=self._save_before_a_wait, refusing=config.once
+        )
+        self.loaded = False
 
     def make_session(self) -> None:
         """Load the bundle with its exported weights, for the plan in force."""
-        plan = self.in_session = self.budgeter.plan
-        self.session = self.parts.session_factory(
+        self.session: Session = self.parts.session_factory(
             self.bundle,
-            plan,
+            self.budgeter.plan,
             engine=self.config.engine,
             hyper=dict(self.config.hyper),
             seed=self.seed,
             memory=self.config.memory,
         )
+        self.in_session, self.loaded = self.budgeter.plan, True
 
     def use(self, plan: Plan, event: str, reason: str, **fields: Any) -> None:
         """Log a plan that came into force and hand it to the session."""
         epsilon = f", {described(plan.selection)}" if plan.epsilon is None else f", ε {plan.epsilon:.4f}"
         fields.update(summary(plan))
         self.journal.event(event, f"{event}: {reason}{epsilon}", step=self.step, reason=reason, **fields)
+        if not self.loaded:
+            return
         if not same_shape(plan, self.in_session):
             self.session.set_plan(plan)
+        if event != "refresh" and (plan.ranks, plan.selection) != (self.in_session.ranks, self.in_session.selection):
+            self.refresher.restart(plan)
         self.in_session = plan
+
+    @contextmanager
+    def computing(self, what: str) -> Iterator[None]:
+        """Within the block an engine computes: under the hard stop, and telling in one way what runs out."""
+        with telling_exhaustion(what), ceiling(self.enforcer.spare_bytes):
+            yield
+
+    def measuring(self, what: str) -> Measures:
+        """Return the session's Gram matrices alone, computed under the hard stop."""
+        return _Measuring(self, what)
+
+    def go_on(self, stopping: Callable[[], bool]) -> bool:
+        """Return once the plan in force is within what there is; False: somebody asked for an end first."""
+        while not stopping():
+            if self.enforcer.look():
+                return True
+            time.sleep(self.config.pause_seconds)
+        return False
 
     def next_features(self, batches: int) -> Iterator[tuple[Array, ...]]:
         """Yield the features of the next ``batches`` batches, which stay to be trained."""
         rows = self.supply.preview(self.batch * batches)
-        return self.feeder.batches(rows, self.batch, self.session, self.budgeter.plan.micro_batch)
+        return self.feeder.batches(rows, self.batch, self.session, self.budgeter.plan.micro_batch, self.computing)
 
     def evaluate(self) -> float | None:
         """Return the accuracy on the held-out samples (the oldest MOST_EVALUATED); None if there are none."""
@@ -97,21 +135,58 @@ class Work:
         if not rows:
             return None
         started = time.perf_counter()
-        self.parts.meter.reset()
+        self.begin_measuring()
+        try:
+            correct, total = self._count(rows)
+        except MemoryExhaustedError as error:
+            text = str(error)
+        else:
+            self.accuracy = correct / total if total else None
+            peak_bytes = self.feeder.peak_bytes(self.parts.meter)
+            self.journal.event(
+                "evaluated", "" if self.accuracy is None else f"held-out accuracy {self.accuracy:.1%}",
+                step=self.step, accuracy=self.accuracy, correct=correct, samples=total,
+                measured_peak_bytes=max(peak_bytes, self.feeder.decode_peak_bytes),
+                seconds={"evaluate": round(time.perf_counter() - started, 6)},
+            )  # fmt: skip
+            self.judge("the evaluation", peak_bytes)
+            return self.accuracy
+        self.enforcer.exhausted(f"at step {self.step}, in the evaluation, which is left out: {text}")
+        return self.accuracy
+
+    def _count(self, rows: list[Sample]) -> tuple[int, int]:
+        """Return how many of ``rows`` the model gets right, and how many could be read."""
         correct = total = 0
         for fed in self.feeder.images(rows, self.budgeter.plan.micro_batch):
             self.supply.quarantine(fed.bad)
             if fed.samples:
-                logits = self.session.predict(fed.features[0])
+                with self.computing("the evaluation"):
+                    logits = self.session.predict(fed.features[0])
                 correct += int(np.sum(np.argmax(logits, axis=1) == fed.labels))
                 total += len(fed.samples)
-        self.accuracy = correct / total if total else None
-        self.journal.event(
-            "evaluated", "" if self.accuracy is None else f"held-out accuracy {self.accuracy:.1%}", step=self.step,
-            accuracy=self.accuracy, correct=correct, samples=total, measured_peak_bytes=self.parts.meter.peak_bytes(),
-            seconds={"evaluate": round(time.perf_counter() - started, 6)},
-        )  # fmt: skip
-        return self.accuracy
+        return correct, total
+
+    def begin_measuring(self) -> None:
+        """Let the high-water mark start anew; pictures that are unpacked are told apart from what is planned."""
+        self.feeder.begin_measuring(self.parts.meter)
+
+    def judge(self, phase: str, peak_bytes: int) -> None:
+        """Hold a phase between steps, and the unpacking of pictures in it, to the effective budget."""
+        self.judge_decoding()
+        self.enforcer.measured_phase(phase, peak_bytes, resettable=self.parts.meter.resettable is not False)
+
+    def judge_decoding(self) -> None:
+        """Say which picture took more than the effective budget while it was unpacked: nobody can plan for that."""
+        feeder, limit_bytes = self.feeder, self.enforcer.allowance.limit
+        if feeder.decode_peak_bytes > limit_bytes:
+            text = (
+                f"unpacking {feeder.decode_peak_path} took {format_bytes(feeder.decode_peak_bytes)}, over the "
+                f"effective budget of {format_bytes(limit_bytes)}; smaller pictures of the same would not"
+            )
+            self.journal.event(
+                "decode_overrun", text, step=self.step, path=feeder.decode_peak_path,
+                measured_peak_bytes=feeder.decode_peak_bytes, effective_budget_bytes=limit_bytes,
+            )  # fmt: skip
 
     def save(self, *, evaluate: bool = True) -> bool:
         """Make everything up to this step permanent; return whether the disk let it happen."""
@@ -129,14 +204,24 @@ class Work:
             "accuracy": self.accuracy,
         }
         newer = self.step != self.keeper.saved_step
+        self.parts.meter.reset()
         saved = self.keeper.save(self.step, self.session.state, position)
+        self.enforcer.measured_phase(
+            "the checkpoint", self.parts.meter.peak_bytes(), resettable=self.parts.meter.resettable is not False,
+            lowering=False,
+        )  # fmt: skip
         if saved and newer:
             self.bad_batches = 0
         return saved
 
+    def _save_before_a_wait(self) -> None:
+        if self.loaded and self.session.whole and self.step != self.keeper.saved_step:
+            self.save(evaluate=False)
+
     def show(self) -> None:
         """Bring the view up to date."""
         now, plan = self.now, self.budgeter.plan
+        now.budget_bytes, now.condition = self.budgeter.limit_bytes, self.enforcer.condition.value
         now.step, now.heldout_accuracy, now.epsilon = self.step, self.accuracy, plan.epsilon
         now.predicted_peak_bytes = plan.predicted_peak_bytes
         now.codecs = f"{described(plan.selection)} ({plan.allocation})"
@@ -144,3 +229,12 @@ class Work:
         now.refreshes = self.refresher.certificate.refreshes
         now.quarantined = self.supply.quarantined
         self.journal.view.update(now)
+
+
+class _Measuring:
+    def __init__(self, work: Work, what: str) -> None:
+        self._work, self._what = work, what
+
+    def grams(self, features: tuple[Array, ...]) -> dict[str, dict[str, Array]]:
+        with self._work.computing(self._what):
+            return self._work.session.grams(features)

@@ -6,6 +6,7 @@ import sys
 
 import typer
 
+from edgetune.commands.budget import budget
 from edgetune.commands.demo import demo
 from edgetune.commands.doctor import doctor
 from edgetune.commands.export import export
@@ -17,7 +18,7 @@ from edgetune.commands.status import status
 from edgetune.errors import EdgeTuneError
 from edgetune.version import __version__
 
-COMMANDS = (export, inspect, plan, run, status, report, doctor, demo)
+COMMANDS = (export, inspect, plan, run, budget, status, report, doctor, demo)
 
 app = typer.Typer(
     name="edgetune",

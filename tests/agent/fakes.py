@@ -154,6 +154,7 @@ class FakeSession:
         self.report: FakeReport | None = None
         self.plans: list[Plan] = []
         self.largest_micro_batch = 0
+        self.whole = True
         self.set_plan(plan)
 
     def set_plan(self, plan: Plan) -> None:
@@ -225,7 +226,8 @@ class FakeSession:
             "step": np.array(self.step_number, np.int64),
         }
 
-    def load_state(self, state: dict[str, Array]) -> None:
+    def load_state(self, state: Mapping[str, Array]) -> None:
+        self.whole = True
         self.weight = state["head.weight"].copy()
         self.momentum = state["optimizer/momentum/head.weight"].copy()
         self.step_number = int(state["step"])

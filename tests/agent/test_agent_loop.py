@@ -84,7 +84,7 @@ def test_a_whole_run_learns_and_says_everything(tmp_path: Path, bundle: Bundle) 
     }  # fmt: skip
     kinds = [record["event"] for record in events(tmp_path)]
     assert kinds[:4] == ["start", "arrived", "engine", "calibrated"]
-    assert kinds[4:9] == ["planned", "evaluated", "checkpoint", "step", "planned"]
+    assert kinds[4:9] == ["planned", "evaluated", "checkpoint", "rehearsed", "planned"] and kinds[9] == "step"
     assert kinds[-3:] == ["evaluated", "checkpoint", "stopped"] and kinds.count("step") == 12
     step = events(tmp_path, "step")[-1]
     assert step["step"] == 12 and step["epoch"] == 1 and step["samples"] == 4 and step["accuracy"] == 1.0
@@ -273,8 +273,8 @@ def test_memory_that_the_runtime_keeps_is_planned_for_before_the_first_step(tmp_
     options: dict[str, Any] = {"batch": 16, "epsilon": None, "holdout": 0}
     shop = Workshop(measure=lambda: resident)
     run(tmp_path, bundle, shop, max_steps=1, budget_bytes=full.predicted_peak_bytes + 1000, **options)
-    (step,) = events(tmp_path, "step")
-    assert step["epsilon"] < 1 and step["predicted_peak_bytes"] <= full.predicted_peak_bytes + 1000
+    settled = next(r for r in events(tmp_path, "planned") if "resident after the calibration" in r["reason"])
+    assert settled["epsilon"] < 1 and settled["predicted_peak_bytes"] <= full.predicted_peak_bytes + 1000
     with pytest.raises(BudgetError, match="correction"):
         run(tmp_path, bundle, Workshop(measure=lambda: resident + 10**6), state=tmp_path / "other",
             budget_bytes=full.predicted_peak_bytes + 1000, **options)  # fmt: skip
