@@ -41,6 +41,10 @@ class PlanRequest:
     epsilon: float | None
     allocation: str = "uniform"
     codec: str | None = None
+    micro_batch: int | None = None
+    tail_micro_batch: int | None = None
+    trained: int | None = None
+    cache_bytes: int | None = None
 
 
 class Budgeter:
@@ -238,6 +242,10 @@ class Budgeter:
                 runtime_bytes=self.runtime_bytes,
                 correction_bytes=correction_bytes,
                 reserve_bytes=self._reserve_bytes,
+                micro_batch=request.micro_batch,
+                tail_micro_batch=request.tail_micro_batch,
+                trained=request.trained,
+                cache_bytes=request.cache_bytes,
                 **how,
             )
 
@@ -279,6 +287,9 @@ def summary(plan: Plan) -> dict[str, Any]:
         "ranks": {name: dict(modes) for name, modes in plan.ranks.items()},
         "batch": plan.batch,
         "micro_batch": plan.micro_batch,
+        "tail_micro_batch": plan.tail_micro_batch,
+        "trained": plan.trained,
+        "cache_bytes": plan.cache_bytes,
         "predicted_peak_bytes": plan.predicted_peak_bytes,
         "budget_bytes": plan.budget_bytes,
         "saved_bytes": plan.saved_bytes,
@@ -294,7 +305,9 @@ def same_shape(one: Plan, other: Plan) -> bool:
         one.ranks == other.ranks
         and one.selection == other.selection
         and one.calibration is other.calibration
-        and (one.batch, one.micro_batch) == (other.batch, other.micro_batch)
+        and (one.batch, one.micro_batch, one.tail_micro_batch)
+        == (other.batch, other.micro_batch, other.tail_micro_batch)
+        and (one.trained, one.cache_bytes) == (other.trained, other.cache_bytes)
     )
 
 

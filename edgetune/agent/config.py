@@ -29,6 +29,8 @@ class AgentConfig:
         epsilon: energy kept per mode; None = the largest that fits the budget.
         allocation: ``uniform``, or ``per-layer``: a codec and an ε for each saved tensor.
         codec: label of the one that keeps all in a uniform allocation; None = the first of the bundle's menu.
+        micro_batch, tail_micro_batch, trained, cache_bytes: knobs of the plan that the user sets; None = the planner
+            chooses (``planning.plan.Plan`` says what they are).
         max_steps: train until this step number of the state directory (resumed steps count); None = no limit.
         epochs: passes over every sample.
         once: take what is there, train and stop; otherwise watch the folder.
@@ -53,6 +55,10 @@ class AgentConfig:
     epsilon: float | None = None
     allocation: str = "uniform"
     codec: str | None = None
+    micro_batch: int | None = None
+    tail_micro_batch: int | None = None
+    trained: int | None = None
+    cache_bytes: int | None = None
     max_steps: int | None = None
     epochs: int = 1
     once: bool = False

@@ -244,5 +244,11 @@ class Enforcer:
 
 def _kept(plan: Plan) -> str:
     """Return what a plan takes and keeps, for people."""
-    kept = described(plan.selection) if plan.epsilon is None else f"ε {plan.epsilon:.4f}"
-    return f"{format_bytes(plan.predicted_peak_bytes)} ({kept}, micro-batch {plan.micro_batch})"
+    kept = [described(plan.selection) if plan.epsilon is None else f"ε {plan.epsilon:.4f}"]
+    kept.append(f"micro-batch {plan.micro_batch}")
+    if plan.tail_micro_batch < plan.batch:
+        kept.append(f"trained {plan.tail_micro_batch} at a time")
+    kept.append(f"last {plan.trained}")
+    if plan.cache_bytes:
+        kept.append(f"cache {format_bytes(plan.cache_bytes)}")
+    return f"{format_bytes(plan.predicted_peak_bytes)} ({', '.join(kept)})"

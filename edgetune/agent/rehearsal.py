@@ -57,13 +57,7 @@ def _measure(work: Work) -> int:
     """Make one step on the samples that come next, which stay to be trained; return its peak."""
     rows, fed = iter(work.supply.preview(work.batch)), Fed()
     work.begin_measuring()
-    work.feeder.feed(
-        lambda: next(rows, None), work.batch, work.session, work.budgeter.plan.micro_batch, work.computing, fed
-    )
-    if fed.samples:
-        features, fed.features = list(fed.features), ()
-        with work.computing("a rehearsal"):
-            work.session.step_features(features, fed.labels)
+    work.make_step(lambda: next(rows, None), fed)
     return work.feeder.peak_bytes(work.parts.meter)
 
 

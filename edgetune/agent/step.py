@@ -36,16 +36,11 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
     started = time.perf_counter()
     meter, plan, epoch = work.parts.meter, work.budgeter.plan, work.supply.epoch
     work.begin_measuring()
-    work.feeder.feed(work.supply.taker(passes), work.batch, work.session, plan.micro_batch, work.computing, fed)
+    work.make_step(work.supply.taker(passes), fed)
     work.supply.quarantine(fed.bad)
     if not fed.samples:
         return False
-    began = time.perf_counter()
-    # Handed over in a list, which the session empties: the features are not in memory during the backward pass.
-    features, fed.features = list(fed.features), ()
-    with work.computing("the step"):
-        work.session.step_features(features, fed.labels)
-    report, train_seconds = work.session.report, time.perf_counter() - began
+    report = work.session.report
     if not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm)):
         _recover(work, fed, "loss" if not math.isfinite(report.loss) else "gradient")
         return False
@@ -54,9 +49,7 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
     work.step += 1
     work.supply.trained(fed.samples, passes, work.step)
     work.enforcer.went_well()
-    seconds = {"train": train_seconds, **fed.seconds}
-    if "train" in report.seconds:  # the session tells its phases apart
-        seconds.update(report.seconds)
+    seconds = {**fed.seconds, **report.seconds}
     accuracy = report.correct / max(report.samples, 1)
     allowance = work.enforcer.allowance
     work.journal.event(
@@ -92,7 +85,7 @@ def _answer(work: Work, fed: Fed, passes: dict[int, int], text: str) -> None:
         "exhausted", f"{text}; {after}", step=work.step, reason=text, applied=not whole, samples=len(samples),
         **work.enforcer.figures(),
     )  # fmt: skip
-    fed.features = ()
+    work.session.discard()
     release_memory()
     if whole:
         work.supply.give_back(samples, passes)

@@ -18,7 +18,7 @@ from edgetune.agent.budget import Budgeter, PlanRequest, same_shape, summary
 from edgetune.agent.ceiling import ceiling
 from edgetune.agent.config import AgentConfig
 from edgetune.agent.enforcement import Enforcer
-from edgetune.agent.feeder import Feeder
+from edgetune.agent.feeder import Fed, Feeder
 from edgetune.agent.journal import Journal
 from edgetune.agent.keeper import Keeper
 from edgetune.agent.ledger import Ledger, Sample
@@ -71,8 +71,8 @@ class Work:
         )  # fmt: skip
         asked = reader.read().asked
         request = PlanRequest(
-            self.batch, asked, config.activation_budget_bytes, config.epsilon, config.allocation,
-            config.codec,
+            self.batch, asked, config.activation_budget_bytes, config.epsilon, config.allocation, config.codec,
+            config.micro_batch, config.tail_micro_batch, config.trained, config.cache_bytes,
         )  # fmt: skip
         runtime_bytes = parts.runtime_bytes(bundle, config.engine, config.memory)
         self.budgeter = Budgeter(bundle.manifest, request, runtime_bytes, parts.reserve_bytes)
@@ -112,6 +112,32 @@ class Work:
         with telling_exhaustion(what), ceiling(self.enforcer.spare_bytes):
             yield
 
+    def make_step(self, take: Callable[[], Sample | None], fed: Fed) -> None:
+        """Make one step on the samples that ``take`` gives, a batch at most; what became of them is in ``fed``.
+
+        The features of one piece of the batch are in memory at a time (``plan.tail_micro_batch``). Nothing is done
+        where there is no sample.
+
+        Raises:
+            MemoryExhaustedError: the session may hold pieces of the step, and tells whether its state is whole.
+        """
+        plan, session = self.budgeter.plan, self.session
+        session.discard()
+        while (wanted := min(plan.tail_micro_batch, self.batch - len(fed.samples))) > 0:
+            piece = Fed(bad=fed.bad, seconds=fed.seconds)
+            self.feeder.feed(take, wanted, session, plan.micro_batch, self.computing, piece)
+            if piece.samples:
+                # In a list, which the session empties: the features are not in memory during the backward pass.
+                features, piece.features = list(piece.features), ()
+                with self.computing("the step"):
+                    session.add(features, piece.labels)
+                fed.samples += piece.samples
+            if len(piece.samples) < wanted:
+                break
+        if fed.samples:
+            with self.computing("the update"):
+                session.finish()
+
     def measuring(self, what: str) -> Measures:
         """Return the session's Gram matrices alone, computed under the hard stop."""
         return _Measuring(self, what)
@@ -125,9 +151,10 @@ class Work:
         return False
 
     def next_features(self, batches: int) -> Iterator[tuple[Array, ...]]:
-        """Yield the features of the next ``batches`` batches, which stay to be trained."""
-        rows = self.supply.preview(self.batch * batches)
-        return self.feeder.batches(rows, self.batch, self.session, self.budgeter.plan.micro_batch, self.computing)
+        """Yield the features of the next ``batches`` batches, which stay to be trained, as many samples at a time as
+        the plan trains at once."""
+        rows, plan = self.supply.preview(self.batch * batches), self.budgeter.plan
+        return self.feeder.batches(rows, plan.tail_micro_batch, self.session, plan.micro_batch, self.computing)
 
     def evaluate(self) -> float | None:
         """Return the accuracy on the held-out samples (the oldest MOST_EVALUATED); None if there are none."""

@@ -155,6 +155,8 @@ class FakeSession:
         self.plans: list[Plan] = []
         self.largest_micro_batch = 0
         self.whole = True
+        self.largest_piece = 0
+        self.discard()
         self.set_plan(plan)
 
     def set_plan(self, plan: Plan) -> None:
@@ -204,6 +206,18 @@ class FakeSession:
         if self.on_step is not None:
             self.on_step(self)
         return loss
+
+    def add(self, features: Sequence[Array], y: Array) -> None:
+        self.largest_piece = max(self.largest_piece, len(y))
+        self.pieces.append((features[0], y))
+
+    def finish(self) -> float:
+        x, y = (np.concatenate(parts) for parts in zip(*self.pieces, strict=True))
+        self.discard()
+        return self.step_features([x], y)
+
+    def discard(self) -> None:
+        self.pieces: list[tuple[Array, Array]] = []
 
     def predict(self, x: Array) -> Array:
         logits: Array = self.features(x)[0].reshape(len(x), -1) @ self.weight.T
