@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
 from edgetune.telemetry.available import available_bytes
 from edgetune.telemetry.board import Board, jetpack_of, read_board
-from edgetune.telemetry.cuda import Unavailable, read_cuda
+from edgetune.telemetry.cuda import CudaMemory, Unavailable, read_cuda
 from edgetune.telemetry.gpu import read_gpu
 from edgetune.telemetry.meminfo import read_meminfo, read_swaps
 from edgetune.telemetry.nvml import NvmlDevice, read_nvml
@@ -146,6 +148,29 @@ def test_torchs_allocator_is_asked_where_torch_is_loaded(monkeypatch: pytest.Mon
     found = read_cuda()
     assert not isinstance(found, Unavailable)
     assert (found.free_bytes, found.total_bytes, found.own_bytes, found.own_peak_bytes) == (3, 10, 1, 2)
+
+
+@pytest.mark.parametrize("code", [0, 35])
+def test_the_cuda_runtime_is_asked_without_torch(code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory(free: Any, total: Any) -> int:
+        free._obj.value, total._obj.value = 3 * MIB, 8 * MIB
+        return code
+
+    def say(number: int) -> bytes:
+        return f"driver version {number}".encode()
+
+    def load(name: str) -> SimpleNamespace:
+        if name != "libcudart.so.12":
+            raise OSError(name)
+        return SimpleNamespace(cudaMemGetInfo=memory, cudaGetErrorString=say)
+
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    monkeypatch.setattr(ctypes, "CDLL", load)
+    found = read_cuda()
+    if code:
+        assert found == Unavailable("libcudart.so.12 answers with error 35: driver version 35")
+    else:
+        assert found == CudaMemory(3 * MIB, 8 * MIB, None, None, "libcudart.so.12")
 
 
 class NotSupportedError(Exception):
