@@ -30,6 +30,7 @@ GIVE_UP_AFTER = 8
 GAVE_UP = 12
 CALM_STEPS = 200
 """Steps that a lower plan must train before one lowering is taken back (written into deaths.json)."""
+TAIL_BYTES = 1 << 18
 FIRST_PAUSE_SECONDS = 0.5
 LONGEST_PAUSE_SECONDS = 60.0
 WATCHED = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -160,6 +161,7 @@ class Supervisor:
             "lowerings": lowerings,
             "at_step": step,
             "calm_steps": CALM_STEPS,
+            "planned_bytes": planned_bytes(self.state),
             "why": why,
             "time": round(time.time(), 3),
         }
@@ -196,6 +198,24 @@ def newest_step(state: str) -> int:
     parts = [name.split(".") for name in names if name.startswith("checkpoint-")]
     steps = [part[0].removeprefix("checkpoint-") for part in parts if len(part) == 3 and part[2] == "safetensors"]
     return max((int(step) for step in steps if step.isdigit()), default=-1)
+
+
+def planned_bytes(state: str) -> int | None:
+    """Return the predicted peak of the last plan in the run log, the one of the worker that died; None: no plan yet."""
+    try:
+        with open(os.path.join(state, "log.jsonl"), "rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
+            lines = stream.read().splitlines()
+    except OSError:
+        return None
+    for line in reversed(lines):
+        if b'"predicted_peak_bytes":' not in line:
+            continue
+        try:
+            return int(json.loads(line)["predicted_peak_bytes"])
+        except (ValueError, KeyError, TypeError):  # torn, or cut by where we began to read
+            continue
+    return None
 
 
 def oom_kills(root: str) -> int | None:

@@ -27,6 +27,9 @@ turn = len((state / "starts").read_text().splitlines())
 for word in words[min(turn, len(words)) - 1].split("+"):
     if word == "checkpoint":
         (state / f"checkpoint-{20 * turn:08d}.{'0' * 64}.safetensors").touch()
+    elif word.startswith("plan"):
+        with (state / "log.jsonl").open("a") as stream:
+            stream.write('{"event":"step","predicted_peak_bytes":%s}\\n{"event":"evaluated"}\\n' % word[4:])
     elif word == "oom":
         (root / "proc/vmstat").write_text(f"nr_free_pages 1\\noom_kill {turn}\\n")
     elif word == "stop":
@@ -101,11 +104,11 @@ def test_a_killed_worker_is_started_again_with_the_same_plan(state: Path) -> Non
 
 
 def test_a_kernel_without_memory_asks_for_a_lower_plan(state: Path) -> None:
-    assert supervise(state, "checkpoint+oom+KILL,checkpoint+KILL,oom+KILL,0").returncode == 0
+    assert supervise(state, "checkpoint+oom+KILL,checkpoint+KILL,plan600+oom+KILL,0").returncode == 0
     died = [record for record in events(state) if record["event"] == "worker_died"]
     assert [record["out_of_memory"] for record in died] == [True, False, True]
     assert [record["lowerings"] for record in died] == [1, None, 2]
-    assert read_deaths(state) == Deaths(2, 40, supervisor.CALM_STEPS)
+    assert read_deaths(state) == Deaths(2, 40, supervisor.CALM_STEPS, planned_bytes=600)
 
 
 @pytest.mark.parametrize(("count", "lowered"), [("oom_kill 5", None), ("oom_kill 6", 1)])
@@ -178,11 +181,14 @@ def test_a_worker_does_not_outlive_its_supervisor(state: Path) -> None:
 
 
 def test_lowerings_are_given_back_with_the_steps_trained_since(state: Path) -> None:
-    deaths = Deaths(lowerings=2, at_step=100, calm_steps=200)
-    assert [deaths.in_force(step) for step in (0, 100, 299, 300, 499, 500, 9999)] == [2, 2, 2, 1, 1, 0, 0]
-    assert deaths.lowered_reserve_bytes(100, 360 * MIB) == 110 * MIB
-    assert deaths.lowered_reserve_bytes(300, 360 * MIB) == 60 * MIB
-    assert deaths.lowered_reserve_bytes(500, 360 * MIB) == 0
+    deaths = Deaths(lowerings=2, at_step=100, calm_steps=200, planned_bytes=600)
+    steps = (0, 100, 299, 300, 499, 500, 9999)
+    assert [deaths.in_force(step) for step in steps] == [2, 2, 2, 1, 1, 0, 0]
+    # the plan that died had been lowered once already: 720, 600, 500
+    assert [deaths.ceiling_bytes(step, 9999) for step in steps] == [500, 500, 500, 600, 600, None, None]
+    unknown = Deaths(lowerings=2, at_step=0, calm_steps=200)
+    assert [unknown.ceiling_bytes(step, 720) for step in (0, 200, 400)] == [500, 600, None]
+    assert Deaths().ceiling_bytes(0, 720) is None
     known = {"lowerings": 2, "at_step": 100, "calm_steps": 200}
     assert all(supervisor.in_force(known, step) == deaths.in_force(step) for step in range(0, 900, 7))
     (state / "deaths.json").write_text("{")
