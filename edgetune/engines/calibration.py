@@ -59,7 +59,8 @@ def calibrate(session: Measures, manifest: Manifest, batches: Iterable[tuple[Arr
         return None
     spectra: dict[str, dict[str, Spectrum]] = {}
     counts: dict[str, dict[str, Array]] = {}
-    for (name, letter), gram in sums.items():
+    for name, letter in list(sums):
+        gram = sums.pop((name, letter))  # the largest part of what is held here: each goes as soon as it is used
         if known_modes[name, letter].source == "count":
             if not np.isfinite(gram).all():
                 raise DataError(

@@ -138,7 +138,7 @@ def spectrum_of(gram: Array, *, with_basis: bool = True) -> Spectrum:
     basis = np.empty((groups, size, size), np.float32) if with_basis else None
     # One group at a time: a solver's scratch memory is several times its matrix.
     for group in range(groups):
-        matrix = gram[group].astype(np.float64)
+        matrix = gram[group].astype(np.float64, copy=False)
         if basis is None:
             eigenvalues[group] = np.linalg.eigvalsh(matrix)[::-1]
         else:

@@ -15,6 +15,7 @@ from edgetune.errors import BundleError, UsageError, choices
 from edgetune.planning.memory import FIXED_KINDS, LiveTensor, Peak, peak
 from edgetune.planning.selection import LOSSLESS
 from edgetune.planning.sizes import itemsize, nbytes
+from edgetune.planning.workspace import around_calibration
 
 _FLOAT_BYTES = 4
 _LINE_OF = {"feature": "features", "saved": "saved", "gradient": "gradients", "workspace": "workspace"}
@@ -64,7 +65,8 @@ def predict(
     On top, the largest of these phases (a graph that the bundle lacks is skipped):
 
     - trunk and predict at ``micro_batch`` samples; besides the trunk, the features of one run of the train graph;
-    - train and calibrate at ``tail_micro_batch`` samples: the features are their inputs;
+    - train and calibrate at ``tail_micro_batch`` samples: the features are their inputs; of a calibration, what is
+      made of its results too (``planning.workspace``);
     - accumulate, where a batch is trained in pieces, with the gradients of the piece and those of all before it; the
       latter are there while trunk and train graph run, too;
     - update, with the gradients as its inputs (a session lets the features go before it).
@@ -77,25 +79,12 @@ def predict(
         UsageError: ``ranks`` lacks a mode of the bundle.
         BundleError: a shape holds a symbol that is neither ``batch`` nor a rank.
     """
-    piece = batch if tail_micro_batch is None else tail_micro_batch
-    symbols = _symbols(manifest, piece, ranks)
-    few = {**symbols, "batch": micro_batch}
-    features = _whole_batch(manifest.features, piece)
-    before = accumulated(manifest) if piece < batch else []
-    held: dict[str, tuple[Mapping[str, int], list[LiveTensor]]] = {
-        "trunk": (few, features + _absent(manifest, "trunk", manifest.inputs, micro_batch) + before),
-        "train": (symbols, before),
-        "update": (symbols, []),
-        "calibrate": (symbols, []),
-        "predict": (few, []),
-    }
-    if piece < batch:
-        held["accumulate"] = (symbols, [])
-    peaks = {
-        name: _with(peak(holding_inputs(manifest.graphs[name]), values), extra)
-        for name, (values, extra) in held.items()
-        if name in manifest.graphs
-    }
+    phases = phases_of(manifest, batch=batch, micro_batch=micro_batch, ranks=ranks, tail_micro_batch=tail_micro_batch)
+    peaks = {name: _with(peak(phase.graph, phase.symbols), phase.held) for name, phase in phases.items()}
+    if "calibrate" in peaks:
+        graph, values = phases["calibrate"].graph, phases["calibrate"].symbols
+        peaks["calibrate"] = around_calibration(graph, values, peaks["calibrate"])
+    symbols = _symbols(manifest, batch if tail_micro_batch is None else tail_micro_batch, ranks)
     ledger = dict.fromkeys(_FIXED_LINES + _PHASE_LINES, 0)
     parameter_bytes = sum(_FLOAT_BYTES * math.prod(spec.shape) for spec in manifest.parameters)
     ledger["runtime"] = runtime_bytes
@@ -114,6 +103,46 @@ def predict(
     if correction_bytes:
         ledger["correction"] = correction_bytes
     return Prediction(ledger, sum(ledger.values()), peaks, bottleneck)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The run of one graph in training: ``graph`` with its inputs held to the end, the values of its symbols, and what
+    lies beside it all the time."""
+
+    graph: GraphSpec
+    symbols: Mapping[str, int]
+    held: list[LiveTensor]
+
+
+def phases_of(
+    manifest: Manifest,
+    *,
+    batch: int,
+    micro_batch: int,
+    ranks: Mapping[str, Mapping[str, int]],
+    tail_micro_batch: int | None = None,
+) -> dict[str, Phase]:
+    """Return the phases by graph, of the graphs that the bundle has; arguments and errors as of :func:`predict`."""
+    piece = batch if tail_micro_batch is None else tail_micro_batch
+    symbols = _symbols(manifest, piece, ranks)
+    few = {**symbols, "batch": micro_batch}
+    features = _whole_batch(manifest.features, piece)
+    before = accumulated(manifest) if piece < batch else []
+    held: dict[str, tuple[Mapping[str, int], list[LiveTensor]]] = {
+        "trunk": (few, features + _absent(manifest, "trunk", manifest.inputs, micro_batch) + before),
+        "train": (symbols, before),
+        "update": (symbols, []),
+        "calibrate": (symbols, []),
+        "predict": (few, []),
+    }
+    if piece < batch:
+        held["accumulate"] = (symbols, [])
+    return {
+        name: Phase(holding_inputs(manifest.graphs[name]), values, extra)
+        for name, (values, extra) in held.items()
+        if name in manifest.graphs
+    }
 
 
 def saved_bytes_by_tensor(
