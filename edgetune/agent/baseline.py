@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from edgetune.agent.storage import write_atomic
+from edgetune.agent.timeline import PhasePeaks
 from edgetune.bundle import Bundle, Manifest
 from edgetune.engines import heap
 from edgetune.engines.calibration import calibrate
@@ -25,13 +26,15 @@ from edgetune.engines.choice import choose_engine
 from edgetune.engines.session import TrainingSession
 from edgetune.errors import EngineError, StorageError
 from edgetune.planning.plan import make_plan
-from edgetune.telemetry.process import resident_bytes
+from edgetune.planning.prediction import full_basis_bytes, predict
+from edgetune.planning.rebase import settled_for
+from edgetune.telemetry.process import PeakMeter, resident_bytes
 from edgetune.units import MIB
 
 # What a run imports beside engine and planner; some of it only when it is first used.
 _AGENT = ("edgetune.agent.loop", "rich.live", "rich.panel", "rich.progress_bar", "rich.table")
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "torch", "numpy", "onnx")
-_MEASURE = 1
+_MEASURE = 3
 """Counts up when what is measured changes: figures remembered before do not hold then."""
 
 
@@ -62,24 +65,47 @@ def runtime_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean") ->
 
 
 def measure_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> int:
-    """Return the resident bytes of this process beyond what the plan's ledger counts for itself.
+    """Return what one step takes in this process beyond what the planner counts of it.
 
-    Every graph is run once on zeros: code and tables of a runtime come into memory when they are first used, not when
-    they are loaded. One sample shows them all to onnxruntime; torch takes other paths for eight (14 MiB of code and
-    primitives more, with MobileNetV2).
+    Every graph is run on zeros: code and tables of a runtime come into memory when they are first used, not when they
+    are loaded. Then a step is measured, phase by phase, and what is predicted of the phase is taken off; the most of
+    them counts. So all is in the figure that does not grow with the batch: code, threads, packed weights, the small
+    blocks of a run and the holes between them (1 to 4 MiB), which are given back only when a step has ended. Where the
+    high-water mark cannot be reset, what is resident after the step stands for it.
+
+    One sample shows all to onnxruntime; torch takes other paths for eight (14 MiB of code and primitives more, with
+    MobileNetV2).
     """
     count = 8 if choose_engine(engine).name == "torch" else 1
-    plan = make_plan(bundle.manifest, batch=count, calibration=None, epsilon=1.0, runtime_bytes=0)
+    manifest = bundle.manifest
+    plan = make_plan(manifest, batch=count, calibration=None, epsilon=1.0, runtime_bytes=0)
     session = TrainingSession(bundle, plan, engine=engine, memory=memory)  # verified, as the agent's own session is
-    specs, targets = bundle.manifest.inputs, bundle.manifest.targets
-    features = list(session.features({spec.name: np.zeros((count, *spec.shape), spec.dtype) for spec in specs}))
+    x = {spec.name: np.zeros((count, *spec.shape), spec.dtype) for spec in manifest.inputs}
+    y = np.zeros((count, *manifest.targets.shape), manifest.targets.dtype)
+    features = list(session.features(x))
     session.predict_features(features)
-    calibrate(session, bundle.manifest, [tuple(features)])
-    session.step_features(features, np.zeros((count, *targets.shape), targets.dtype))
+    calibrate(session, manifest, [tuple(features)])
+    session.step_features(features, y)
     gc.collect()
-    heap.trim()  # what is freed is not there when the next phase begins
-    counted = ("weights", "parameters", "optimizer", "bases")
-    return max(0, resident_bytes() - sum(plan.ledger[line] for line in counted))
+    heap.trim()  # as before a plan comes into force
+    peaks = PhasePeaks(PeakMeter())
+    session.phase_ended = peaks.ended
+    peaks.begin()
+    features = list(session.features(x))
+    peaks.ended("trunk")
+    session.step_features(features, y)
+    counted = sum(plan.ledger[line] for line in ("weights", "parameters", "optimizer"))
+    # At full rank the train graph reads the full bases themselves: they are there once, not twice.
+    counted += full_basis_bytes(settled_for(manifest, plan).saved)
+    if not peaks.resettable:
+        return max(0, resident_bytes() - counted)
+    predicted = predict(settled_for(manifest, plan), batch=count, micro_batch=count, ranks=plan.ranks, runtime_bytes=0)
+    beyond = [
+        measured - predicted.peaks[phase].bytes
+        for phase, measured in peaks.measured_bytes.items()
+        if phase in predicted.peaks
+    ]
+    return max(0, max(beyond) - counted)
 
 
 def measure_runtime_apart(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> int:
@@ -130,7 +156,7 @@ def _remembered(file: Path) -> int | None:
     return found if type(found) is int and found > 0 else None
 
 
-def _load_agent(manifest: Manifest) -> None:
+def load_agent(manifest: Manifest) -> None:
     """Bring into memory what an agent uses besides its session: image codecs, the ledger's SQLite, the planner."""
     for module in _AGENT:
         importlib.import_module(module)
@@ -150,5 +176,5 @@ def _load_agent(manifest: Manifest) -> None:
 
 if __name__ == "__main__":
     opened = Bundle.open(sys.argv[1], verify=False)
-    _load_agent(opened.manifest)
+    load_agent(opened.manifest)
     sys.stdout.write(f"{measure_runtime(opened, *sys.argv[2:])}\n")

@@ -10,18 +10,27 @@ from typing import Any
 
 from edgetune.agent.parts import Meter
 from edgetune.bundle import Manifest
-from edgetune.planning.plan import Plan
+from edgetune.planning.plan import RESERVE_BYTES, Plan
 from edgetune.planning.prediction import predict
 from edgetune.planning.rebase import settled_for
 
-STEP_PHASES = ("trunk", "train", "update")
-"""The phases of a step, in their order; each is the run of one graph."""
+STEP_PHASES = ("trunk", "train", "accumulate", "update")
+"""The phases of a step, in their order; each is the run of one graph (accumulate: of a step in pieces)."""
+
+
+MARGIN_BYTES = RESERVE_BYTES
+"""What a corrected prediction lies above the measured step that corrected it."""
+
+
+def corrected_bytes(measured_bytes: int) -> int:
+    """Return the prediction for later steps of a plan of which one step took ``measured_bytes``."""
+    return measured_bytes + MARGIN_BYTES
 
 
 class PhasePeaks:
     """The high-water mark of every phase of one step, read at its end; the meter starts anew for the next phase.
 
-    Give :meth:`ended` to ``TrainingSession.phase_ended``, which calls it for ``train`` and ``update``, and call it
+    Give :meth:`ended` to ``TrainingSession.phase_ended``, which calls it for all but ``trunk``, and call it
     oneself for ``trunk``. A meter that cannot start anew reads the most since the process began, in every phase.
     """
 
@@ -41,6 +50,11 @@ class PhasePeaks:
         self._meter.reset()
 
     @property
+    def resettable(self) -> bool:
+        """Whether every phase has a peak of its own."""
+        return self._meter.resettable is not False
+
+    @property
     def step_bytes(self) -> int:
         """The most that any phase took."""
         return max(self.measured_bytes.values(), default=0)
@@ -51,7 +65,7 @@ def timeline_fields(
 ) -> dict[str, Any]:
     """Return the fields of the event ``timeline`` of a run log.
 
-    ``fixed_bytes`` are resident in every phase; ``phases`` maps trunk, train and update to what is predicted for the
+    ``fixed_bytes`` are resident in every phase; ``phases`` maps those of ``STEP_PHASES`` to what is predicted for the
     whole process (``predicted_bytes``, the plan's correction included), to how much of that is saved and how much comes
     and goes (``saved_bytes``, ``transient_bytes``; features, gradients and workspace count to the latter), to the node
     at which it is most, and to ``measured_bytes``, None where the phase was not measured.
