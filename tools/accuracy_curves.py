@@ -9,7 +9,8 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from xml.sax.saxutils import escape
+
+from edgetune.commands._plot import Frame, document, dots, evenly, line
 
 KIB, MIB = 2**10, 2**20
 MIX = "planner's mix"
@@ -261,7 +262,7 @@ def _number(value: float | None) -> str:
 
 def svg(every: Sequence[Point], mix: str, title: str) -> str:
     """Return accuracy over the peak of a step as an SVG document; ``mix`` is the series drawn as a full line."""
-    left, top, width, height = 70, 40, 560, 380
+    frame = Frame(height=380)
 
     def scaled(p: Point) -> float:
         return math.log2(max(p.peak_bytes, KIB) / MIB)
@@ -272,36 +273,21 @@ def svg(every: Sequence[Point], mix: str, title: str) -> str:
     most = max(math.ceil(20 * max(p.mean for p in every)) / 20, least + 0.05)
 
     def at(p: Point) -> tuple[float, float]:
-        return left + width * (scaled(p) - low) / (high - low), top + height * (most - p.mean) / (most - least)
+        return frame.at((scaled(p) - low) / (high - low), (p.mean - least) / (most - least))
 
-    def text(x: float, y: float, words: str, anchor: str = "middle", extra: str = "") -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(words)}</text>'
-
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 850 480" font-family="sans-serif" font-size="12">',
-        '<rect width="850" height="480" fill="white"/>',
-        text(left + width / 2, 22, title, extra=' font-size="14"'),
-    ]
-    for step in range(5):
-        x, y = left + width * step / 4, top + height * step / 4
-        parts.append(f'<path d="M{x:.1f} {top}V{top + height}M{left} {y:.1f}H{left + width}" stroke="#dddddd"/>')
-        parts.append(text(x, top + height + 18, f"{2 ** (low + (high - low) * step / 4):.1f}"))
-        parts.append(text(left - 8, y + 4, f"{100 * (most - (most - least) * step / 4):.0f} %", "end"))
-    parts.append(text(left + width / 2, top + height + 40, "measured peak of a train step, MiB (logarithmic)"))
-    middle = top + height / 2
-    parts.append(text(18, middle, "accuracy, held out", extra=f' transform="rotate(-90 18 {middle:.1f})"'))
+    parts = frame.axes(
+        [(step / 4, f"{2 ** (low + (high - low) * step / 4):.1f}") for step in range(5)],
+        evenly(least, most, "{:.0f} %", 100),
+        "measured peak of a train step, MiB (logarithmic)", "accuracy, held out",
+    )  # fmt: skip
     names = list(dict.fromkeys((p.series, p.engine) for p in every))
     names.sort(key=lambda name: name[0] != mix)
     colors = iter(_COLORS * (1 + len(names) // len(_COLORS)))
-    for index, name in enumerate(names):
+    for row, name in enumerate(names):
         color = _MIX_COLOR if name[0] == mix else next(colors)
         style = ' stroke-width="2.5"' if name[0] == mix else ' stroke-dasharray="4 3"'
         some = sorted((p for p in every if (p.series, p.engine) == name), key=lambda p: p.peak_bytes)
         places = [at(p) for p in some]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        parts.append(f'<polyline points="{line}" fill="none" stroke="{color}"{style}/>')
-        parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>' for x, y in places]
-        y = top + 12 + 20 * index
-        parts.append(f'<circle cx="650" cy="{y - 4}" r="4" fill="{color}"/>')
-        parts.append(text(660, y, name[0] + ("" if name[1] == "onnxruntime" else f" ({name[1]})"), "start"))
-    return "\n".join((*parts, "</svg>", ""))
+        words = name[0] + ("" if name[1] == "onnxruntime" else f" ({name[1]})")
+        parts += [line(places, color, style), *dots(places, color), *frame.legend(row, words, color)]
+    return document(parts, 850, 480, title, frame.middle)

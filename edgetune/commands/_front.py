@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
-from xml.sax.saxutils import escape
 
+from edgetune.commands._plot import Frame, document, dots, evenly, line
 from edgetune.units import MIB
 
 if TYPE_CHECKING:
@@ -74,43 +74,19 @@ def drawn(front: Front, width: int = 80, height: int = 20) -> list[str]:
 
 def svg(front: Front, title: str) -> str:
     """Return the picture as an SVG document."""
-    left, top, width, height = 70, 40, 560, 340
-    x_of, y_of, (low, high, most) = _scales(front, width, height)
-
-    def at(point: FrontPoint) -> tuple[float, float]:
-        return left + x_of(point.peak_bytes), top + y_of(point.error)
-
-    def text(x: float, y: float, words: str, anchor: str = "middle", extra: str = "") -> str:
-        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{extra}>{escape(words)}</text>'
-
-    parts = [
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 820 440" font-family="sans-serif" font-size="12">',
-        '<rect width="820" height="440" fill="white"/>',
-        text(left + width / 2, 22, title, extra=' font-size="14"'),
-    ]
-    for step in range(5):
-        x, y = left + width * step / 4, top + height * step / 4
-        parts.append(f'<line x1="{x:.1f}" y1="{top}" x2="{x:.1f}" y2="{top + height}" stroke="#dddddd"/>')
-        parts.append(f'<line x1="{left}" y1="{y:.1f}" x2="{left + width}" y2="{y:.1f}" stroke="#dddddd"/>')
-        parts.append(text(x, top + height + 18, f"{(low + (high - low) * step / 4) / MIB:.1f}"))
-        parts.append(text(left - 8, y + 4, f"{most * (4 - step) / 4:.3f}", "end"))
-    parts.append(text(left + width / 2, top + height + 40, "predicted peak of the process, MiB"))
-    middle = top + height / 2
-    parts.append(text(18, middle, "total gradient error", extra=f' transform="rotate(-90 18 {middle:.1f})"'))
-    for i, (label, points) in enumerate(series_of(front).items()):
-        parts += _series(label, [at(p) for p in points], _COLORS[i % len(_COLORS)], top + 20 + 20 * (i + 1), dash="4 3")
-    parts += _series("per-layer", [at(p) for p in front.mixed], _MIXED_COLOR, top + 20, dash="")
-    return "\n".join((*parts, "</svg>", ""))
-
-
-def _series(label: str, places: Sequence[tuple[float, float]], color: str, legend_y: float, dash: str) -> list[str]:
-    line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    style = f' stroke-dasharray="{dash}"' if dash else ' stroke-width="2"'
-    parts = [f'<polyline points="{line}" fill="none" stroke="{color}"{style}/>']
-    parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" fill="{color}"/>' for x, y in places]
-    parts.append(f'<circle cx="650" cy="{legend_y - 4:.1f}" r="4" fill="{color}"/>')
-    parts.append(f'<text x="660" y="{legend_y:.1f}">{escape(label)}</text>')
-    return parts
+    frame = Frame()
+    x_of, y_of, (low, high, most) = _scales(front, 1.0, 1.0)
+    parts = frame.axes(
+        evenly(low, high, "{:.1f}", 1 / MIB), evenly(0, most, "{:.3f}"),
+        "predicted peak of the process, MiB", "total gradient error",
+    )  # fmt: skip
+    everyone = [("per-layer", front.mixed, _MIXED_COLOR, ' stroke-width="2"')]
+    for index, (label, points) in enumerate(series_of(front).items()):
+        everyone.append((label, tuple(points), _COLORS[index % len(_COLORS)], ' stroke-dasharray="4 3"'))
+    for row, (label, drawn_points, color, style) in enumerate(everyone):
+        places = [frame.at(x_of(point.peak_bytes), 1 - y_of(point.error)) for point in drawn_points]
+        parts += [line(places, color, style), *dots(places, color, 3), *frame.legend(row, label, color)]
+    return document(parts, 820, 440, title, frame.middle)
 
 
 def _scales(
