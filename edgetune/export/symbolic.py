@@ -6,6 +6,7 @@ divides no static extent, ONNX infers concrete shapes, and each extent is factor
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -139,13 +140,32 @@ def element_types(model: onnx.ModelProto) -> dict[str, str]:
 
 
 def workspaces(nodes: Sequence[onnx.NodeProto], shapes: Mapping[str, tuple[str, ...]]) -> Iterator[Workspace]:
-    """Scratch memory of kernels: the columns of one image in Conv and ConvTranspose, both selections in Where."""
+    """Yield the scratch memory of onnxruntime's CPU kernels, as measured (docs/memory.md).
+
+    Conv: the columns of one image, but only where a group has more filters than an image has outputs; else they are
+    made a stretch at a time. ConvTranspose: the columns of one image. Softmax along another axis than the last: input
+    and output, transposed. Where: both selections. Einsum: its inputs, in the order of a matrix product.
+    """
     for index, node in enumerate(nodes):
         attributes: dict[str, Any] = {a.name: helper.get_attribute_value(a) for a in node.attribute}
         if node.op_type == "ConvTranspose":
             # column buffer [c·k·l / group, y·x] of one image
             yield Workspace(index, "*".join([*shapes[node.input[1]][1:], *shapes[node.input[0]][2:]]))
+        elif node.op_type == "Conv":
+            weight, positions = shapes[node.input[1]], shapes[node.output[0]][2:]
+            filters = int(weight[0]) // attributes.get("group", 1)
+            if set(weight[2:]) != {"1"} and all(map(str.isdigit, positions)) and filters > _product(positions):
+                yield Workspace(index, "*".join([*weight[1:], *positions]))
+        elif node.op_type in ("Softmax", "LogSoftmax"):
+            axis, rank = attributes.get("axis", -1), len(shapes[node.output[0]])
+            if axis % rank != rank - 1:
+                yield Workspace(index, "*".join(["2", *shapes[node.output[0]]]))
         elif node.op_type == "Where":
             yield Workspace(index, "*".join(["2", *shapes[node.output[0]]]))
-        elif node.op_type == "Conv" and attributes.get("group", 1) == 1 and set(shapes[node.input[1]][2:]) != {"1"}:
-            yield Workspace(index, "*".join([*shapes[node.input[1]][1:], *shapes[node.output[0]][2:]]))
+        elif node.op_type == "Einsum":
+            for name in node.input:
+                yield Workspace(index, "*".join(shapes[name]) or "1")
+
+
+def _product(extents: Sequence[str]) -> int:
+    return math.prod(int(extent) for extent in extents)

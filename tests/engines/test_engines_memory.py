@@ -45,6 +45,8 @@ CONSTANTS: dict[str, Array] = {
     "as_columns": np.array([2 * SHAPE[0], -1], np.int64),
     "no_axis": np.array([], np.int64),
     "first_axis": np.array([0], np.int64),
+    "as_image": np.array([1, 1, *SHAPE], np.int64),
+    "kernel": np.full((1, 1, 3, 3), 0.1, np.float32),
 }
 
 
@@ -93,6 +95,11 @@ def units(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     for operator in BINARY:
         pair = helper.make_node(operator, ["made", "x"], ["out"])
         write_operator(root, f"{operator}.pair", [made, pair])
+    plane = helper.make_node("Reshape", ["x", "as_image"], ["image"])
+    few = helper.make_node("Conv", ["image", "kernel"], ["out"], pads=[1, 1, 1, 1])
+    write_operator(root, "Conv.few", [plane, few])
+    for axis in (0, 1):
+        write_operator(root, f"Softmax.axis{axis}", [helper.make_node("Softmax", ["x"], ["out"], axis=axis)])
     write_operator(root, "Where.input", [helper.make_node("Where", ["flag", "x", "x"], ["out"])], flag=True)
     files = [str(path) for path in sorted(root.glob("*.onnx"))]
     found = in_fresh_process(HERE / "run_operators.py", str(bundle_of("dense").path), *files)
@@ -124,6 +131,15 @@ def test_arithmetic_always_makes_a_new_tensor(units: dict[str, float], operator:
 def test_a_view_copies_nothing(units: dict[str, float], operator: str) -> None:
     assert units[f"{operator}.transient"] == pytest.approx(1, abs=MARGIN_UNITS)
     assert units[f"{operator}.input"] == pytest.approx(0, abs=MARGIN_UNITS)
+
+
+def test_a_convolution_of_few_filters_never_has_all_its_columns(units: dict[str, float]) -> None:
+    assert units["Conv.few"] == pytest.approx(1, abs=MARGIN_UNITS)  # its nine planes of columns are never there
+
+
+def test_softmax_transposes_twice_unless_its_axis_is_the_last(units: dict[str, float]) -> None:
+    assert units["Softmax.axis1"] == pytest.approx(1, abs=MARGIN_UNITS)
+    assert units["Softmax.axis0"] == pytest.approx(3, abs=MARGIN_UNITS)
 
 
 def test_a_selection_takes_two_temporaries_beside_its_output(units: dict[str, float]) -> None:
