@@ -128,10 +128,13 @@ def _calibration_of(bundle: Bundle, batch: int, given: Samples, engine: str, *, 
 
 def _runtime_bytes(bundle: Bundle, engine: str, *, limited: bool) -> int:
     """Return what the runtime takes. A budget is for the process on the device: this one may hold torch, a model and
-    the caller's data."""
-    from edgetune.agent.baseline import measure_runtime, runtime_bytes
+    the caller's data. Without one, what is remembered of such a process serves too; else this one is measured."""
+    from edgetune.agent.baseline import measure_runtime, remembered_bytes, runtime_bytes
 
-    return runtime_bytes(bundle, engine) if limited else measure_runtime(bundle, engine)
+    if limited:
+        return runtime_bytes(bundle, engine)
+    known = remembered_bytes(bundle, engine)
+    return measure_runtime(bundle, engine) if known is None else known
 
 
 def _check_that_nothing_is_lost(bundle: Bundle, codec: str | None, allocation: str) -> None:

@@ -50,10 +50,10 @@ def runtime_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean") ->
     Raises:
         EngineError: the measuring process failed.
     """
-    file = _shelf() / f"{_key(bundle, engine, memory)}.json"
-    known = _remembered(file)
+    known = remembered_bytes(bundle, engine, memory)
     if known is not None:
         return known
+    file = _file(bundle, engine, memory)
     found = -(-(measure_runtime_apart(bundle, engine, memory) + MIB // 4) // MIB) * MIB
     note = {"runtime_bytes": found, "bundle": bundle.digest, "engine": choose_engine(engine).name, "memory": memory}
     try:
@@ -62,6 +62,15 @@ def runtime_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean") ->
     except (OSError, StorageError):
         pass  # a shelf that takes nothing, such as a read-only file system, costs a measurement per call and no more
     return found
+
+
+def remembered_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> int | None:
+    """Return the figure that :func:`runtime_bytes` has remembered; None where there is none that can be read."""
+    try:
+        found = json.loads(_file(bundle, engine, memory).read_bytes())["runtime_bytes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return found if type(found) is int and found > 0 else None
 
 
 def measure_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> int:
@@ -124,20 +133,15 @@ def measure_runtime_apart(bundle: Bundle, engine: str = "auto", memory: str = "l
     return int(done.stdout.split()[-1])
 
 
-def _shelf() -> Path:
-    """Return the directory of what is remembered; it need not exist."""
+def _file(bundle: Bundle, engine: str, memory: str) -> Path:
+    """Return where one figure is remembered; its name is a digest of all that tells it from another."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     # The base directory specification: a relative path is to be ignored.
     root = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~")) / ".cache"
-    return root / "edgetune" / "runtime"
-
-
-def _key(bundle: Bundle, engine: str, memory: str) -> str:
-    """Return what tells one figure from another, as a name for a file."""
     known = {entry.metadata["Name"]: entry.version for entry in map(_distribution, _DISTRIBUTIONS) if entry is not None}
     parts = [_MEASURE, bundle.digest, choose_engine(engine).name, memory, sys.version, platform.platform(), known]
     parts += [str(Path(__file__).resolve()), len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+    return root / "edgetune" / "runtime" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.json"
 
 
 def _distribution(name: str) -> importlib.metadata.Distribution | None:
@@ -145,15 +149,6 @@ def _distribution(name: str) -> importlib.metadata.Distribution | None:
         return importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _remembered(file: Path) -> int | None:
-    """Return the figure in ``file``; None where there is none that can be read."""
-    try:
-        found = json.loads(file.read_bytes())["runtime_bytes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return found if type(found) is int and found > 0 else None
 
 
 def load_agent(manifest: Manifest) -> None:

@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from edgetune.bundle import Bundle
+    from edgetune.planning.curve import Explanation
     from edgetune.planning.plan import Plan
     from edgetune.planning.spectra import Calibration
 
@@ -47,6 +48,19 @@ def plan(
         typer.Option("--calibration", help="Keep what is measured in this file; if it is there, measure nothing."),
     ] = None,
     engine: Annotated[str, typer.Option("--engine", help="auto, onnxruntime or torch.")] = "auto",
+    explain: Annotated[bool, typer.Option("--explain", help="Show which tensors are alive at the peak.")] = False,
+    phase: Annotated[
+        str | None, typer.Option("--phase", help="Explain the peak of this phase (default: that of the process).")
+    ] = None,
+    timeline: Annotated[
+        Path | None, typer.Option("--timeline", help="Write live bytes over one step to this SVG file.")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option("--state", help="Draw what this agent's run log has measured over it.")
+    ] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Do one step on --data in a process of its own, and draw it over it.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
     """Show per layer what is kept, the predicted peak, and the codecs and ε that the budget picks."""
@@ -57,6 +71,7 @@ def plan(
 
     if plot is not None and not front:
         raise UsageError("--plot draws the front: give --front as well")
+    _check_options(front, explain, phase, timeline, state, measure, data)
     budget_bytes = None if budget is None else parse_bytes(budget)
     activation_budget_bytes = None if activation_budget is None else parse_bytes(activation_budget)
     opened = Bundle.open(bundle)
@@ -74,6 +89,10 @@ def plan(
 
             show_front(found)
         return
+    if explain or timeline is not None:
+        from edgetune.agent.baseline import runtime_bytes
+
+        runtime_bytes(opened, engine)  # remembered: what is shown is a process on the device, not this one
     made = plan_bundle(
         opened,
         batch=batch,
@@ -86,13 +105,70 @@ def plan(
         allocation=allocation,
         rate=rate,
     )
+    if timeline is not None:
+        timeline.write_text(_drawn(opened, made, bundle.name, state, data if measure else None, engine), "utf-8")
+    explained = _explained(opened, made, phase) if explain else None
     if as_json:
-        print(made.to_json())
-    else:
-        from edgetune.engines.choice import describe_engine
+        told = json.loads(made.to_json())
+        if explained is not None:
+            told["explain"] = dataclasses.asdict(explained)
+        print(json.dumps(told, indent=1))
+        return
+    from edgetune.engines.choice import describe_engine
 
-        _show(made)
-        print(describe_engine(engine))
+    _show(made)
+    if explained is not None:
+        from edgetune.commands._timeline import show_explanation
+
+        show_explanation(explained)
+    print(describe_engine(engine))
+
+
+def _check_options(
+    front: bool, explain: bool, phase: str | None, timeline: Path | None, state: Path | None, measure: bool,
+    data: Path | None,
+) -> None:  # fmt: skip
+    """Raise UsageError where an option is given without the one that it is for."""
+    from edgetune.errors import UsageError
+
+    if front and (explain or timeline is not None):
+        raise UsageError("--front shows many plans; --explain and --timeline tell of one: leave one of them out")
+    if phase is not None and not explain:
+        raise UsageError("--phase says which peak is explained: give --explain as well")
+    if (state is not None or measure) and timeline is None:
+        raise UsageError("--state and --measure draw what was measured: give --timeline FILE.svg as well")
+    if measure and data is None:
+        raise UsageError("--measure does a step on real samples: give --data FOLDER as well")
+
+
+def _explained(bundle: Bundle, made: Plan, phase: str | None) -> Explanation:
+    from edgetune.planning.curve import explain
+
+    return explain(bundle.manifest, made, phase)
+
+
+def _drawn(bundle: Bundle, made: Plan, name: str, state: Path | None, data: Path | None, engine: str) -> str:
+    """Return the picture of one step of ``made``; what was measured is from the run log in ``state`` and from one step
+    on ``data``, whichever is given."""
+    from edgetune.commands._timeline import measured_in, svg
+    from edgetune.errors import UsageError
+    from edgetune.planning.curve import curve_of
+
+    peaks, step = dict[str, int](), None
+    if state is not None:
+        from edgetune.telemetry.runlog import read
+
+        peaks = measured_in(read(state / "log.jsonl"))
+        if not peaks:
+            raise UsageError(
+                f"no plan was measured in the run log of '{state}' yet; leave out --state, or run the agent for a step"
+            )
+    if data is not None:
+        from edgetune.agent.sampling import sample_step
+
+        step = sample_step(bundle, made, data, engine)
+        peaks = step.peak_bytes
+    return svg(curve_of(bundle.manifest, made), f"{name}, batch {made.batch}, {_how(made)}", peaks, step)
 
 
 def _calibration(

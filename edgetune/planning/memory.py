@@ -5,6 +5,7 @@ This module may know a graph's description and the values of its symbols; it mus
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Container, Mapping
 from dataclasses import dataclass
@@ -95,6 +96,21 @@ def spans(
         BundleError: a shape holds a symbol that ``symbols`` lacks.
     """
     return [(buffer.first, buffer.last, buffer.bytes) for buffer in _buffers(graph, symbols, without)]
+
+
+def bands(graph: GraphSpec, symbols: Mapping[str, int]) -> dict[str, list[int]]:
+    """Return :func:`timeline` by kind of tensor, ``workspace`` one of them: at every node they sum to it.
+
+    Raises:
+        BundleError: a shape holds a symbol that ``symbols`` lacks.
+    """
+    found: dict[str, list[_Buffer]] = {}
+    for buffer in _buffers(graph, symbols, FIXED_KINDS):
+        found.setdefault(buffer.kind, []).append(buffer)
+    bare = dataclasses.replace(graph, workspaces=())
+    by_kind = {kind: _timeline(bare, symbols, some) for kind, some in found.items()}
+    by_kind["workspace"] = _timeline(graph, symbols, [])
+    return by_kind
 
 
 def _buffers(graph: GraphSpec, symbols: Mapping[str, int], without: Container[str]) -> list[_Buffer]:
