@@ -57,22 +57,30 @@ class Cell:
 
 # subject, last, codec, batches: each on both engines
 _PLACES = (
-    ("resnet18-96", "4", "hosvd", (16, 64)), ("resnet18-96", "6", "dense", (32, 64)),
-    ("resnet18-160", "4", "int8", (8, 32)), ("resnet18-224", "4", "hosvd", (16,)),
-    ("mobilenet_v2-96", "4", "hosvd", (32, 64)), ("mobilenet_v2-128", "10", "dense", (8, 32)),
+    ("unet-64", "all", "int8", (8, 16)),
+    ("deeplabv3-96", "all", "hosvd", (8, 32)),
+    ("mcunet-96", "8", "hosvd", (32, 64)),
+    ("convnet1d-4096", "all", "dense", (32, 64)),
+    ("unet-96", "4", "dense", (8, 32)),
+    ("vit-64", "4", "hosvd", (16, 64)),
+    ("segformer-128", "4", "dense", (8, 32)),
+    ("convnext-96", "4", "hosvd", (16, 64)),
+    ("mcunet-160", "6", "patch:size=2", (8, 32)),
+    ("mobilenet_v2-96", "4", "hosvd", (32, 64)),
+    ("resnet18-96", "4", "hosvd", (16, 64)),
+    ("resnet18-160", "4", "int8", (8, 32)),
+    ("resnet18-96", "6", "dense", (32, 64)),
+    ("mobilenet_v2-128", "10", "dense", (8, 32)),
+    ("unet3d-16", "all", "hosvd", (8, 16)),
+    ("resnet18-224", "4", "hosvd", (16,)),
     ("mobilenet_v2-224", "6", "svd", (8,)),
-    ("mcunet-96", "8", "hosvd", (32, 64)), ("mcunet-160", "6", "patch:size=2", (8, 32)),
-    ("vit-64", "4", "hosvd", (16, 64)), ("convnext-96", "4", "hosvd", (16, 64)),
-    ("unet-64", "all", "int8", (8, 16)), ("unet-96", "4", "dense", (8, 32)),
-    ("deeplabv3-96", "all", "hosvd", (8, 32)), ("segformer-128", "4", "dense", (8, 32)),
-    ("unet3d-16", "all", "hosvd", (8, 16)), ("convnet1d-4096", "all", "dense", (32, 64)),
-)  # fmt: skip
+)
 PRESETS: dict[str, list[Cell]] = {
     "full": [
         Cell(subject, last, batch, codec, engine)
-        for engine in ("onnxruntime", "torch")
         for subject, last, codec, batches in _PLACES
         for batch in batches
+        for engine in ("onnxruntime", "torch")
     ],
     "tiny": [Cell("tiny-32", "2", 8, "hosvd", "onnxruntime")],
 }

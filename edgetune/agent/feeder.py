@@ -49,18 +49,35 @@ class Feeder:
         self.source, self.decoder = source, decoder
         self.decode_peak_bytes, self.decode_peak_path = 0, ""
         self._meter: Meter | None = None
-        self._other_peak_bytes = 0
+        self._other_peak_bytes = self._phase_peak_bytes = 0
 
     def begin_measuring(self, meter: Meter) -> None:
         """Let ``meter`` start anew, and measure the unpacking of files apart from all else from now on."""
         meter.reset()
         self._meter = meter if meter.resettable else None
-        self._other_peak_bytes = self.decode_peak_bytes = 0
+        self._other_peak_bytes = self._phase_peak_bytes = self.decode_peak_bytes = 0
         self.decode_peak_path = ""
 
     def peak_bytes(self, meter: Meter) -> int:
         """Return the peak since :meth:`begin_measuring`, without what unpacking files took."""
         return max(self._other_peak_bytes, meter.peak_bytes())
+
+    def phase_peak_bytes(self) -> int | None:
+        """Return the peak since the last call (or :meth:`begin_measuring`), without what unpacking files took; None
+        where the meter cannot start anew. What :meth:`peak_bytes` returns stays the same."""
+        if self._meter is None:
+            return None
+        self._note()
+        found, self._phase_peak_bytes = self._phase_peak_bytes, 0
+        return found
+
+    def _note(self) -> None:
+        """Keep what the meter shows, and let it start anew."""
+        assert self._meter is not None
+        peak_bytes = self._meter.peak_bytes()
+        self._other_peak_bytes = max(self._other_peak_bytes, peak_bytes)
+        self._phase_peak_bytes = max(self._phase_peak_bytes, peak_bytes)
+        self._meter.reset()
 
     def load(self, sample: Sample) -> Array:
         """Return one decoded sample.
@@ -156,8 +173,7 @@ class Feeder:
         """Decode samples into ``images`` until it is full or there are no more; return the rows that are in it."""
         started, waiting = time.perf_counter(), list[Sample]()
         if self._meter is not None:
-            self._other_peak_bytes = max(self._other_peak_bytes, self._meter.peak_bytes())
-            self._meter.reset()
+            self._note()
         while len(waiting) < len(images) and (sample := take()) is not None:
             try:
                 images[len(waiting)] = self.load(sample)

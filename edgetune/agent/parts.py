@@ -38,6 +38,8 @@ class Session(Protocol):
     that before it nor that after it, until another one is loaded.
     """
 
+    phase_ended: Callable[[str], None] | None
+
     @property
     def report(self) -> Any: ...
     @property

@@ -47,6 +47,7 @@ def rehearse(work: Work) -> None:
             measured_peak_bytes=peak_bytes, effective_budget_bytes=work.enforcer.allowance.limit,
             seconds={"rehearse": round(time.perf_counter() - started, 6)},
         )  # fmt: skip
+        work.tell_timeline(plan)
         work.enforcer.measured(peak_bytes, resettable=work.parts.meter.resettable is not False)
         now = work.budgeter.plan
         if (now.ranks, now.selection, now.micro_batch) == (plan.ranks, plan.selection, plan.micro_batch):

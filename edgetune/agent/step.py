@@ -61,6 +61,8 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
         seconds={name: round(value, 6) for name, value in seconds.items()},
     )  # fmt: skip
     energy = {name: float(value) for name, value in report.energy.items() if math.isfinite(value)}
+    if len(fed.samples) == work.batch:
+        work.tell_timeline(plan)
     work.judge_decoding()
     work.enforcer.measured(peak_bytes, resettable=meter.resettable is not False)
     if len(fed.samples) == work.batch:  # a shorter one says less, and its batch rank is nearly full

@@ -25,6 +25,7 @@ from edgetune.agent.ledger import Ledger, Sample
 from edgetune.agent.parts import Parts, Session
 from edgetune.agent.refresher import Refresher
 from edgetune.agent.supply import Supply
+from edgetune.agent.timeline import timeline_fields
 from edgetune.agent.view import Snapshot
 from edgetune.bundle import Array, Bundle
 from edgetune.engines.calibration import Measures
@@ -80,6 +81,8 @@ class Work:
             self.budgeter, reader, journal, use=self.use, save=self._save_before_a_wait, refusing=config.once
         )
         self.loaded = False
+        self._runtime_bytes, self._phases_bytes = runtime_bytes, dict[str, int]()
+        self._timeline_of: Plan | None = None
 
     def make_session(self) -> None:
         """Load the bundle with its exported weights, for the plan in force."""
@@ -91,6 +94,7 @@ class Work:
             seed=self.seed,
             memory=self.config.memory,
         )
+        self.session.phase_ended = self._phase_ended
         self.in_session, self.loaded = self.budgeter.plan, True
 
     def use(self, plan: Plan, event: str, reason: str, **fields: Any) -> None:
@@ -126,6 +130,7 @@ class Work:
         while (wanted := min(plan.tail_micro_batch, self.batch - len(fed.samples))) > 0:
             piece = Fed(bad=fed.bad, seconds=fed.seconds)
             self.feeder.feed(take, wanted, session, plan.micro_batch, self.computing, piece)
+            self._phase_ended("trunk")
             if piece.samples:
                 # In a list, which the session empties: the features are not in memory during the backward pass.
                 features, piece.features = list(piece.features), ()
@@ -196,6 +201,19 @@ class Work:
     def begin_measuring(self) -> None:
         """Let the high-water mark start anew; pictures that are unpacked are told apart from what is planned."""
         self.feeder.begin_measuring(self.parts.meter)
+        self._phases_bytes.clear()
+
+    def _phase_ended(self, phase: str) -> None:
+        peak_bytes = self.feeder.phase_peak_bytes()
+        if peak_bytes is not None:
+            self._phases_bytes[phase] = max(self._phases_bytes.get(phase, 0), peak_bytes)
+
+    def tell_timeline(self, plan: Plan) -> None:
+        """Log what each phase of the step just made was predicted to take under ``plan``, and took: once per plan."""
+        if plan is not self._timeline_of:
+            self._timeline_of = plan
+            fields = timeline_fields(self.bundle.manifest, plan, self._runtime_bytes, self._phases_bytes)
+            self.journal.event("timeline", step=self.step, **fields)
 
     def judge(self, phase: str, peak_bytes: int) -> None:
         """Hold a phase between steps, and the unpacking of pictures in it, to the effective budget."""

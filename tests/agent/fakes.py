@@ -152,6 +152,7 @@ class FakeSession:
         self.step_number = 0
         self.hyper = {**bundle.manifest.optimizer.scalars, **(hyper or {})}
         self.report: FakeReport | None = None
+        self.phase_ended: Callable[[str], None] | None = None
         self.plans: list[Plan] = []
         self.largest_micro_batch = 0
         self.whole = True

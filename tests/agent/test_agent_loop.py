@@ -84,7 +84,8 @@ def test_a_whole_run_learns_and_says_everything(tmp_path: Path, bundle: Bundle) 
     }  # fmt: skip
     kinds = [record["event"] for record in events(tmp_path)]
     assert kinds[:4] == ["start", "arrived", "engine", "calibrated"]
-    assert kinds[4:9] == ["planned", "evaluated", "checkpoint", "rehearsed", "planned"] and kinds[9] == "step"
+    assert kinds[4:10] == ["planned", "evaluated", "checkpoint", "rehearsed", "timeline", "planned"]
+    assert kinds[10:12] == ["step", "timeline"] and kinds.count("timeline") == 2  # one per plan that was measured
     assert kinds[-3:] == ["evaluated", "checkpoint", "stopped"] and kinds.count("step") == 12
     step = events(tmp_path, "step")[-1]
     assert step["step"] == 12 and step["epoch"] == 1 and step["samples"] == 4 and step["accuracy"] == 1.0
