@@ -123,9 +123,11 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
     runtime_bytes = baseline.runtime_bytes(bundle, cell.engine)
     baseline.load_agent(bundle.manifest)
     x = np.load(folder / "x.npy", mmap_mode="r")
-    shape, offset, y = x.shape[1:], x.offset, np.load(folder / "y.npy")
+    shape, offset = x.shape[1:], x.offset
+    labels = np.load(folder / "y.npy", mmap_mode="r")
+    y = np.array(labels[: cell.batch])
     size = int(np.prod(shape))
-    del x
+    del x, labels
 
     class Pictures(Feeder):
         """A feeder that reads sample number i from the array in the file, and nothing but that."""
@@ -145,7 +147,7 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
         shape: tuple[int, ...]
 
     feeder = Pictures(None, Shape(shape))  # type: ignore[arg-type]  # no files are decoded here
-    rows = [Row(place) for place in range(len(y))]
+    rows = [Row(place) for place in range(CALIBRATION_BATCHES * MOST_SAMPLES)]
     manifest, meter, measured = bundle.manifest, PeakMeter(), dict[str, int]()
 
     def planned(batch_plan: Any) -> dict[str, int]:
@@ -182,7 +184,7 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
         fed = feeder.feed(waiting.pop, cell.batch, session, plan.micro_batch)  # type: ignore[arg-type]
         peaks.ended("trunk")
         features, fed.features = list(fed.features), ()
-        session.step_features(features, y[: cell.batch])
+        session.step_features(features, y)
         steps.append(dict(peaks.measured_bytes))
     predicted = planned(plan)
     return {
