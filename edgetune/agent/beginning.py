@@ -30,6 +30,7 @@ def begin(work: Work, stopping: Callable[[], bool]) -> None:
         work.supply.wait()
     if stopping():
         return
+    work.enforcer.heed_deaths()
     started = time.perf_counter()
     work.parts.meter.reset()
     calibration = calibrate(
@@ -47,6 +48,7 @@ def begin(work: Work, stopping: Callable[[], bool]) -> None:
     work.refresher.restart(work.budgeter.plan)
     work.accuracy_before = work.evaluate()
     _settle(work)
+    work.enforcer.heed_deaths()
     work.save(evaluate=False)
 
 
@@ -68,6 +70,7 @@ def resume(work: Work, tensors: Mapping[str, Array], position: Mapping[str, Any]
             work.keeper.set_calibration(work.step, calibration)
         work.use(work.budgeter.replan(calibration), "planned", "what is asked of the plan has changed")
         work.refresher.restart(work.budgeter.plan)
+    work.enforcer.heed_deaths()
     work.session.load_state(tensors)
 
 

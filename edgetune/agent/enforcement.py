@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from edgetune.agent.allowance import Allowance, AllowanceReader
 from edgetune.agent.budget import Budgeter, release_memory
+from edgetune.agent.deaths import Deaths
 from edgetune.agent.governor import Action, Condition, Governor, Reading, margin
 from edgetune.agent.journal import Journal
 from edgetune.errors import BudgetError
@@ -37,6 +38,7 @@ class Enforcer:
 
     Args:
         use: puts a plan into force. save: makes what is trained permanent, before a wait.
+        deaths: of earlier workers. step: tells the number of the last step.
         refusing: a budget of the user's that can never fit is an error, and not a reason to wait.
     """
 
@@ -49,11 +51,14 @@ class Enforcer:
         use: Use,
         save: Callable[[], None],
         refusing: bool,
+        deaths: Deaths,
+        step: Callable[[], int],
     ) -> None:
         self.budgeter, self.reader, self.journal = budgeter, reader, journal
         self.governor = Governor()
         self.allowance = reader.read()
         self._use, self._save, self._refusing = use, save, refusing
+        self._deaths, self._step = deaths, step
         self._whole_bytes = budgeter.need_bytes
         self._measured_bytes = 0
         self._carefully: int | None = None
@@ -88,7 +93,7 @@ class Enforcer:
             why = f"the plan needs {format_bytes(reading.need)}"
             self._degrade([decision.budget or now.limit, now.limit], why)
         elif decision.action is Action.RECOVER:
-            self._recover(decision.budget, f"room for {self.governor.patience} steps", "recover")
+            self._recover_below_the_ceiling(decision.budget)
         elif decision.action is Action.RESUME:
             self._recover(self._carefully or decision.budget, "there is room again", "resumed")
         return self.condition is not Condition.PAUSED
@@ -136,6 +141,26 @@ class Enforcer:
                 self._lower(min(self.budgeter.need_bytes, self.allowance.limit) - excess_bytes, why)
             except BudgetError:  # no plan takes less, and the steps are within the budget
                 release_memory()
+
+    def heed_deaths(self) -> None:
+        """Lower the plan to what the deaths of earlier workers ask for; if nothing fits that, half way to the least.
+
+        A plan that is lower already than the one that died stays: a restart for another reason changes nothing.
+        """
+        ceiling, predicted_bytes = self._ceiling(), self.budgeter.plan.predicted_peak_bytes
+        died_bytes = self._deaths.planned_bytes
+        if ceiling is None or self.budgeter.need_bytes <= ceiling or predicted_bytes < (died_bytes or 0):
+            return
+        self.governor.exhausted()
+        text = "earlier workers were killed for want of memory"
+        try:
+            self._lower(ceiling, text)
+        except BudgetError as error:
+            if error.least_bytes < predicted_bytes:
+                self._lower((error.least_bytes + predicted_bytes) // 2, text)
+
+    def _ceiling(self) -> int | None:
+        return self._deaths.ceiling_bytes(self._step(), self._whole_bytes)
 
     def exhausted(self, text: str) -> None:
         """Answer an allocation that failed: a lower plan; the least one having failed too, wait, each time longer."""
@@ -209,6 +234,13 @@ class Enforcer:
         old, plan = self.budgeter.plan, self.budgeter.within(max(1, target))
         self._put(old, plan, "degrade", text)
         release_memory()
+
+    def _recover_below_the_ceiling(self, target: int | None) -> None:
+        ceiling, planned = self._ceiling(), self.budgeter.limit_bytes
+        if ceiling is not None and (target is None or ceiling < target):
+            target = ceiling
+        if target is None or planned is None or target > planned:
+            self._recover(target, f"room for {self.governor.patience} steps", "recover")
 
     def _recover(self, target: int | None, why: str, event: str) -> None:
         old = self.budgeter.plan

@@ -17,6 +17,7 @@ from edgetune.agent.allowance import AllowanceReader
 from edgetune.agent.budget import Budgeter, PlanRequest, same_shape, summary
 from edgetune.agent.ceiling import ceiling
 from edgetune.agent.config import AgentConfig
+from edgetune.agent.deaths import read_deaths
 from edgetune.agent.enforcement import Enforcer
 from edgetune.agent.feeder import Fed, Feeder
 from edgetune.agent.journal import Journal
@@ -78,8 +79,9 @@ class Work:
         runtime_bytes = parts.runtime_bytes(bundle, config.engine, config.memory)
         self.budgeter = Budgeter(bundle.manifest, request, runtime_bytes, parts.reserve_bytes)
         self.enforcer = Enforcer(
-            self.budgeter, reader, journal, use=self.use, save=self._save_before_a_wait, refusing=config.once
-        )
+            self.budgeter, reader, journal, use=self.use, save=self._save_before_a_wait, refusing=config.once,
+            deaths=read_deaths(keeper.path), step=lambda: self.step,
+        )  # fmt: skip
         self.loaded = False
         self._runtime_bytes, self._phases_bytes = runtime_bytes, dict[str, int]()
         self._timeline_of: Plan | None = None
