@@ -84,6 +84,9 @@ class AgentConfig:
         wrong = []
         for name, value, least in (
             ("--batch", self.batch, 1),
+            ("--micro-batch", self.micro_batch, 1),
+            ("--tail-micro-batch", self.tail_micro_batch, 1),
+            ("--trained", self.trained, 0),
             ("--epochs", self.epochs, 1),
             ("--max-steps", self.max_steps, 0),
             ("--holdout", self.holdout, 0),

@@ -23,6 +23,12 @@ def run(
     activation_budget: Annotated[
         str | None, typer.Option("--activation-budget", help="What may be saved for the backward pass, such as 8MiB.")
     ] = None,
+    reserve: Annotated[
+        str | None,
+        typer.Option(
+            "--reserve", help="What to leave to others of the memory there is (default: 1/16, at most 256MiB)."
+        ),
+    ] = None,
     engine: Annotated[str, typer.Option("--engine", help="auto, onnxruntime or torch.")] = "auto",
     memory: Annotated[
         str, typer.Option("--memory", help="lean: the planned peak. fast: some MiB more, and a faster step.")
@@ -38,6 +44,19 @@ def run(
     ] = "uniform",
     codec: Annotated[
         str | None, typer.Option("--codec", help="The codec of the bundle's menu that keeps all (default: its first).")
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option("--micro-batch", help="Samples per run of the frozen part (default: planned).")
+    ] = None,
+    tail_micro_batch: Annotated[
+        int | None,
+        typer.Option("--tail-micro-batch", help="Samples per run of the trained part, gradients summed (planned)."),
+    ] = None,
+    trained: Annotated[
+        int | None, typer.Option("--trained", help="How many of the bundle's trained layers are trained (planned).")
+    ] = None,
+    cache: Annotated[
+        str | None, typer.Option("--cache", help="What features may be kept in, such as 64MiB; 0: none (planned).")
     ] = None,
     max_steps: Annotated[
         int | None, typer.Option("--max-steps", help="Stop at this step number; steps before a restart count.")
@@ -74,18 +93,27 @@ def run(
     from edgetune.bundle import Bundle
     from edgetune.units import parse_bytes
 
+    def size(text: str) -> int:
+        """Return a size that may be nothing at all."""
+        return 0 if text.strip() == "0" else parse_bytes(text)
+
     given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "momentum": momentum, "clip_norm": clip_norm}
     config = AgentConfig(
         data=data,
         state=state,
         budget_bytes=None if budget is None else parse_bytes(budget),
         activation_budget_bytes=None if activation_budget is None else parse_bytes(activation_budget),
+        reserve_bytes=None if reserve is None else size(reserve),
         engine=engine,
         memory=memory,
         batch=batch,
         epsilon=epsilon,
         allocation=allocation,
         codec=codec,
+        micro_batch=micro_batch,
+        tail_micro_batch=tail_micro_batch,
+        trained=trained,
+        cache_bytes=None if cache is None else size(cache),
         max_steps=max_steps,
         epochs=epochs,
         once=once,

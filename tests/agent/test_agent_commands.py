@@ -83,8 +83,10 @@ def test_the_options_of_run_reach_the_agent(app: typer.Typer, tmp_path: Path, mo
     bundle = make_bundle(tmp_path / "b")
     words = [
         "run", str(bundle.path), "--data", "d", "--state", "s", "--budget", "64MiB", "--activation-budget", "1 MB",
-        "--engine", "onnxruntime", "--batch", "8", "--epsilon", "0.75", "--max-steps", "9", "--epochs", "3", "--once",
-        "--holdout", "4", "--checkpoint-every", "7", "--learning-rate", "0.5", "--momentum", "0", "--seed", "3",
+        "--engine", "onnxruntime", "--batch", "8", "--epsilon", "0.75",
+        "--reserve", "8MiB", "--micro-batch", "2", "--tail-micro-batch", "4", "--trained", "1", "--cache", "0",
+        "--max-steps", "9", "--epochs", "3", "--once", "--holdout", "4", "--checkpoint-every", "7",
+        "--learning-rate", "0.5", "--momentum", "0", "--seed", "3",
         "--quiet", "--no-supervise",
     ]  # fmt: skip
     assert CliRunner().invoke(app, words).exit_code == 0
@@ -92,6 +94,7 @@ def test_the_options_of_run_reach_the_agent(app: typer.Typer, tmp_path: Path, mo
     assert opened.digest == bundle.digest
     assert config == AgentConfig(
         data=Path("d"), state=Path("s"), budget_bytes=64 * 2**20, activation_budget_bytes=10**6, engine="onnxruntime",
+        reserve_bytes=8 * 2**20, micro_batch=2, tail_micro_batch=4, trained=1, cache_bytes=0,
         batch=8, epsilon=0.75, max_steps=9, epochs=3, once=True, holdout=4, checkpoint_every=7,
         hyper={"learning_rate": 0.5, "momentum": 0.0}, seed=3, quiet=True,
     )  # fmt: skip
