@@ -10,6 +10,7 @@ import io
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from edgetune.engines import heap
 from edgetune.engines.calibration import calibrate
 from edgetune.engines.choice import choose_engine
 from edgetune.engines.session import TrainingSession
-from edgetune.errors import EngineError, StorageError
+from edgetune.errors import EngineError, MemoryExhaustedError, StorageError
 from edgetune.planning.plan import make_plan
 from edgetune.planning.prediction import full_basis_bytes, predict
 from edgetune.planning.rebase import settled_for
@@ -123,11 +124,14 @@ def measure_runtime_apart(bundle: Bundle, engine: str = "auto", memory: str = "l
 
     Raises:
         EngineError: the process failed; its own words are in the message.
+        MemoryExhaustedError: it was killed, which a kernel out of memory does.
     """
     here = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "edgetune.agent.baseline", str(bundle.path.resolve()), engine, memory]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
+    if done.returncode == -signal.SIGKILL:
+        raise MemoryExhaustedError("the process that measures the runtime was killed; most likely memory ran out")
     if done.returncode != 0:
         raise EngineError(f"the runtime could not be measured: {(done.stderr.strip().splitlines() or ['no word'])[-1]}")
     return int(done.stdout.split()[-1])

@@ -3,13 +3,13 @@
 Run as a script by ``edgetune run`` (``python -I supervisor.py STATE -- COMMAND...``), with the standard library alone:
 not even this package is imported, so that next to nothing is lost when the kernel needs memory and looks for a victim.
 
-- A worker that *exits* has said what it had to say: its code is passed on.
+- A worker that *exits* has said what it had to say: its code is passed on. One exception: :data:`OUT_OF_MEMORY`.
 - A worker that *dies by a signal* is started again, at once if a newer checkpoint exists than when it was started, else
   after a pause that doubles. What happened is appended to the run log (``worker_died``, ``worker_restarted``).
-- If the kernel killed it for want of memory (its control group's count of such kills rose, or the system's where no
-  group counts), or it died :data:`LOWER_AFTER` times in a row without a newer checkpoint, ``deaths.json`` asks the next
-  worker for a lower plan (``agent/deaths.py`` reads it). Any other death changes nothing: the same plan again, so that
-  the finished run equals an undisturbed one bit for bit.
+- If it ran out of memory (it said so by that code; or the kernel killed it, and its control group's count of such kills
+  rose, or the system's where no group counts), or it died :data:`LOWER_AFTER` times in a row without newer checkpoint,
+  ``deaths.json`` asks the next worker for a lower plan (``agent/deaths.py`` reads it). Any other death changes nothing:
+  the same plan again, so that the finished run equals an undisturbed one bit for bit.
 - After :data:`GIVE_UP_AFTER` deaths in a row without a newer checkpoint it gives up with exit code :data:`GAVE_UP`.
 """
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 LOWER_AFTER = 3
 GIVE_UP_AFTER = 8
+OUT_OF_MEMORY = 11
+"""The exit code of ``errors.MemoryExhaustedError``: there was not even memory to answer the lack of it."""
 GAVE_UP = 12
 CALM_STEPS = 200
 """Steps that a lower plan must train before one lowering is taken back (written into deaths.json)."""
@@ -56,9 +58,9 @@ class Supervisor:
         self._start()
         while True:
             status = self._watch()
-            if not os.WIFSIGNALED(status):
+            number = os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
+            if number == 0 and (self.stopping or os.WEXITSTATUS(status) != OUT_OF_MEMORY):
                 return os.WEXITSTATUS(status)
-            number = os.WTERMSIG(status)
             if self.stopping:  # one that had not got to its handlers yet dies of the signal itself: it has stopped
                 return 0 if number in (signal.SIGTERM, signal.SIGINT) else 128 + number
             pause_seconds = self._died(number)
@@ -111,15 +113,22 @@ class Supervisor:
 
     # ---- its death ------------------------------------------------------------------------------------------------
     def _died(self, number: int) -> float | None:
-        """Record a death by signal ``number``; return the pause before the next start, None to give up."""
+        """Record a death by signal ``number`` (0: :data:`OUT_OF_MEMORY`); return the pause before the next start.
+
+        None: give up.
+        """
         seconds = time.monotonic() - self._started
         step, kills = newest_step(self.state), oom_kills(self.root)
         self.fruitless = 0 if step > self._step else self.fruitless + 1
-        out_of_memory = number == signal.SIGKILL and None not in (kills, self._kills) and kills != self._kills
+        killed_for_memory = number == signal.SIGKILL and None not in (kills, self._kills) and kills != self._kills
+        out_of_memory = number == 0 or killed_for_memory
         stuck = self.fruitless > 0 and self.fruitless % LOWER_AFTER == 0
         name = signal.Signals(number).name if number in signal.valid_signals() else f"signal {number}"
-        message = f"the worker was killed by {name} after {seconds:.1f} s, with step {max(step, 0)} stored"
-        if out_of_memory:
+        how = f"was killed by {name}" if number else "ran out of memory"
+        message = f"the worker {how} after {seconds:.1f} s, with step {max(step, 0)} stored"
+        if number == 0:
+            message += ": the next worker plans with less"
+        elif out_of_memory:
             message += "; the kernel was out of memory: the next worker plans with less"
         elif stuck:
             message += f"; {self.fruitless} deaths without a newer checkpoint: the next worker plans with less"
@@ -129,14 +138,14 @@ class Supervisor:
         if out_of_memory or stuck:
             lowerings = self._lower(max(step, 0), "out_of_memory" if out_of_memory else "no_progress")
         self._log(
-            "worker_died", message, signal=name, step=max(step, 0), seconds=round(seconds, 3), lowerings=lowerings,
-            out_of_memory=out_of_memory, deaths_without_checkpoint=self.fruitless,
+            "worker_died", message, signal=name if number else None, step=max(step, 0), seconds=round(seconds, 3),
+            lowerings=lowerings, out_of_memory=out_of_memory, deaths_without_checkpoint=self.fruitless,
         )  # fmt: skip
         if self.fruitless >= GIVE_UP_AFTER:
             message = (
-                f"the worker died {self.fruitless} times in a row without getting to a newer checkpoint, last by {name}"
-                "; giving up. What is stored is intact. 'edgetune doctor' says what this machine lacks; a smaller "
-                "--budget or --checkpoint-every may help; --no-supervise shows the worker's own words"
+                f"the worker died {self.fruitless} times in a row without a newer checkpoint, and last {how};"
+                " giving up. What is stored is intact. 'edgetune doctor' says what this machine lacks; a smaller"
+                " --budget or --checkpoint-every may help; --no-supervise shows the worker's own words"
             )
             self._log("gave_up", message)
             return None

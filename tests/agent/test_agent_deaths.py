@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
+from edgetune.agent.baseline import measure_runtime_apart
 from edgetune.agent.config import AgentConfig
 from edgetune.agent.deaths import KEPT
 from edgetune.agent.loop import run_agent
 from edgetune.agent.view import QuietView
 from edgetune.bundle import Bundle
+from edgetune.errors import MemoryExhaustedError
 from edgetune.planning.plan import make_plan
 from edgetune.telemetry import runlog
 from tests.agent.fakes import Workshop, make_bundle, make_folder
@@ -76,6 +80,14 @@ def test_a_resumed_run_heeds_them_and_never_waits_for_what_cannot_come(tmp_path:
     assert events[-1] == "stopped" and "paused" not in events and events.count("degrade") == 1
     peaks = [record["predicted_peak_bytes"] for record in records if record["event"] == "step"]
     assert peaks[-1] < peaks[0], "half way to the least that there is"
+
+
+def test_a_measurement_that_the_kernel_killed_is_a_lack_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda line, **_: subprocess.CompletedProcess(line, -9, "", ""))
+    with pytest.raises(MemoryExhaustedError, match="was killed"):
+        measure_runtime_apart(make_bundle(tmp_path / "bundle"))
 
 
 def test_no_death_no_change(tmp_path: Path) -> None:

@@ -111,6 +111,13 @@ def test_a_kernel_without_memory_asks_for_a_lower_plan(state: Path) -> None:
     assert read_deaths(state) == Deaths(2, 40, supervisor.CALM_STEPS, planned_bytes=600)
 
 
+def test_a_worker_that_says_that_memory_ran_out_is_started_again_with_less(state: Path) -> None:
+    done = supervise(state, "11,0")
+    assert done.returncode == 0 and starts(state) == 2 and "ran out of memory after" in done.stderr
+    (record,) = [record for record in events(state) if record["event"] == "worker_died"]
+    assert (record["signal"], record["out_of_memory"], record["lowerings"]) == (None, True, 1)
+
+
 @pytest.mark.parametrize(("count", "lowered"), [("oom_kill 5", None), ("oom_kill 6", 1)])
 def test_the_control_groups_own_count_is_believed_first(state: Path, count: str, lowered: int | None) -> None:
     """Somebody else on the system may be the kernel's victim: only the group's own count says that it was us."""
