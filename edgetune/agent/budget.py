@@ -77,7 +77,7 @@ class Budgeter:
     def within(self, limit_bytes: int | None) -> Plan:
         """Plan anew for another limit, with the correction known so far; None: without a limit.
 
-        A given ε that does not fit yields; where nothing fits with the reserve, it is given up.
+        A given ε that does not fit yields; where nothing fits with the whole reserve, half of it is given up.
 
         Raises:
             BudgetError: nothing fits; plan and limit are as before.
@@ -96,11 +96,14 @@ class Budgeter:
         raise error
 
     def _concessions(self) -> list[tuple[bool, int]]:
-        """Return what may be given up for a limit, the least first: (whether a given ε is, the reserve)."""
+        """Return what may be given up for a limit, the least first: (whether a given ε is, the reserve).
+
+        Half of the reserve stays: without any, every other step would be over its limit by some pages. One that was
+        given up after a measurement may be given up again.
+        """
         given = [False, True] if self.request.epsilon is not None else [False]
-        reserves = sorted({self._first_reserve_bytes, self._reserve_bytes, 0}, reverse=True)
-        if self._reserve_bytes > self._first_reserve_bytes:
-            reserves = [self._reserve_bytes, 0]  # it was raised because what was there was not enough
+        most = max(self._first_reserve_bytes, self._reserve_bytes)
+        reserves = sorted({most, most // 2, min(self._reserve_bytes, most // 2)}, reverse=True)
         return [(yielded, reserve_bytes) for reserve_bytes in reserves for yielded in given]
 
     def ask(self, budget_bytes: int | None) -> None:

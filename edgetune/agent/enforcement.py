@@ -56,10 +56,10 @@ class Enforcer:
     ) -> None:
         self.budgeter, self.reader, self.journal = budgeter, reader, journal
         self.governor = Governor()
-        self.allowance = reader.read()
         self._use, self._save, self._refusing = use, save, refusing
         self._deaths, self._step = deaths, step
         self._whole_bytes = budgeter.need_bytes
+        self.allowance = reader.read()
         self._measured_bytes = 0
         self._carefully: int | None = None
         self._wait_seconds, self._wait_until = FIRST_WAIT_SECONDS, 0.0
@@ -111,6 +111,9 @@ class Enforcer:
         try:
             plan = self.budgeter.correct(peak_bytes)
         except BudgetError as error:
+            if resettable and peak_bytes <= self.allowance.limit:
+                self.budgeter.limit_bytes = self.allowance.limit  # nothing takes less, and there is room for it
+                return
             self._refuse(error, f"measured {format_bytes(peak_bytes)}", measured_peak_bytes=peak_bytes)
             return
         self._measured_bytes = 0  # of a plan that is not in force any more
@@ -133,8 +136,8 @@ class Enforcer:
             return
         why = f"{phase} took {format_bytes(peak_bytes)}, over the effective budget"
         self.journal.event(
-            "overrun", f"{why} of {format_bytes(self.allowance.limit)}", phase=phase, measured_peak_bytes=peak_bytes,
-            **self.figures(),
+            "overrun", f"{why} of {format_bytes(self.allowance.limit)}", step=self._step(), phase=phase,
+            measured_peak_bytes=peak_bytes, **self.figures(),
         )  # fmt: skip
         if lowering:
             try:
@@ -201,7 +204,8 @@ class Enforcer:
     def _ask(self, before: int | None, now: Allowance) -> None:
         """Follow a budget that the user changed, at once."""
         old, new = ("none" if size is None else format_bytes(size) for size in (before, now.asked))
-        self.journal.event("budget", f"the budget was changed from {old} to {new}", **self.figures())
+        text = f"the budget was changed from {old} to {new}"
+        self.journal.event("budget", text, step=self._step(), **self.figures())
         self.budgeter.ask(now.asked)
         self.governor.asked_anew()
         if self.condition is Condition.PAUSED:
@@ -269,7 +273,8 @@ class Enforcer:
     def _pause(self, least_bytes: int, reason: str, **fields: Any) -> None:
         self.governor.paused(least_bytes)
         text = f"paused: {reason}; training waits for {format_bytes(least_bytes)} ({least_bytes} bytes)"
-        self.journal.event("paused", text, reason=reason, least_bytes=least_bytes, **fields, **self.figures())
+        fields |= self.figures()
+        self.journal.event("paused", text, step=self._step(), reason=reason, least_bytes=least_bytes, **fields)
         self._save()
         release_memory()
 

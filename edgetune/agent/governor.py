@@ -138,7 +138,7 @@ class Governor:
         if self._streak < RESUME_PATIENCE:
             return Decision(Action.KEEP)
         self._streak = 0
-        return Decision(Action.RESUME, now.asked if now.limit == now.asked else self._lowest)
+        return Decision(Action.RESUME, now.asked if self._lowest >= now.whole else self._lowest)
 
     def _setback(self) -> None:
         if self._since_recovery < self.patience * SETTLED:

@@ -57,7 +57,7 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
         ranks=dict(plan.ranks), energy=dict(report.energy), predicted_peak_bytes=plan.predicted_peak_bytes,
         measured_peak_bytes=measured_bytes, decode_peak_bytes=work.feeder.decode_peak_bytes,
         budget_bytes=allowance.asked, effective_budget_bytes=allowance.limit, planned_bytes=plan.budget_bytes,
-        condition=work.enforcer.condition.value, samples=len(fed.samples),
+        resident_bytes=allowance.resident, condition=work.enforcer.condition.value, samples=len(fed.samples),
         seconds={name: round(value, 6) for name, value in seconds.items()},
     )  # fmt: skip
     energy = {name: float(value) for name, value in report.energy.items() if math.isfinite(value)}

@@ -14,6 +14,7 @@ from edgetune.errors import StateError
 from edgetune.telemetry import runlog
 
 _ROUTINE = ("step", "evaluated", "checkpoint")
+_CONDITION = ("asked_bytes", "effective_budget_bytes", "available_bytes", "available_source", "least_bytes")
 
 
 def status(path: Path) -> dict[str, Any]:
@@ -22,7 +23,9 @@ def status(path: Path) -> dict[str, Any]:
     Keys: state, model, bundle, batch, seed, step (of the newest intact checkpoint; None: none yet), logged_step (the
     last step in the log), accuracy_before, accuracy (held out), samples (per ledger status), quarantined (the last ten:
     path and reason), plan, energy (captured, per saved tensor: promised and measured), refreshes (of the bases, up to
-    that step), last_event.
+    that step), condition (state: running, degraded or paused; reason: of the last change; asked_bytes,
+    effective_budget_bytes, available_bytes and its source; least_bytes: what a wait was for; None: nothing logged yet),
+    last_event.
 
     Raises:
         StateError: not a state directory, or damaged.
@@ -36,8 +39,13 @@ def status(path: Path) -> dict[str, Any]:
             break
     certificate = Certificate.from_plain(position["certificate"]) if "certificate" in position else None
     counts, quarantined = _samples(path)
-    last_event, logged_step = None, None
+    last_event, logged_step, condition = None, None, dict[str, Any]()
     for record in runlog.read(path / "log.jsonl"):
+        if "condition" in record:
+            figures = {name: record[name] for name in _CONDITION if name in record}
+            condition = {**condition, "state": record["condition"], **figures}
+            if record["event"] != "step":
+                condition["reason"] = record.get("reason", record.get("message"))
         if record["event"] == "step":
             logged_step = record.get("step")
         if record["event"] not in _ROUTINE:
@@ -57,6 +65,7 @@ def status(path: Path) -> dict[str, Any]:
         "plan": json.loads(position["plan"]) if "plan" in position else None,
         "energy": {} if certificate is None else certificate.standing(),
         "refreshes": 0 if certificate is None else certificate.refreshes,
+        "condition": condition or None,
         "last_event": last_event,
     }
 

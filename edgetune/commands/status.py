@@ -24,6 +24,7 @@ def status(
     from rich.console import Console
     from rich.table import Table
 
+    from edgetune.agent.enforcement import UNLIMITED_BYTES
     from edgetune.planning.selection import described
     from edgetune.units import format_bytes
 
@@ -39,6 +40,17 @@ def status(
         table.add_row("plan", f"batch {plan['batch']}, micro-batch {plan['micro_batch']}, ε {plan['epsilon']}")
         table.add_row("codecs", f"{described(plan['selection'])} ({plan['allocation']})")
         table.add_row("memory", f"predicted {format_bytes(plan['predicted_peak_bytes'])}, budget {budget}")
+    if (condition := found["condition"]) is not None:
+        effective = condition.get("effective_budget_bytes")
+        least = condition.get("least_bytes")
+        told = condition["state"]
+        if effective is not None and effective < UNLIMITED_BYTES:
+            told += f", effective budget {format_bytes(effective)}"
+        if told.startswith("paused") and least is not None:
+            told += f", waiting for {format_bytes(least)}"
+        table.add_row("condition", told)
+        if condition["state"] != "running":
+            table.add_row("because", str(condition.get("reason")))
     known = {name: e for name, e in found["energy"].items() if e["promised"] is not None}
     if known:
         worst = min(known, key=lambda name: known[name]["measured"] - known[name]["promised"])

@@ -281,10 +281,12 @@ class Workshop:
     def session(self) -> FakeSession:
         return self.sessions[-1]
 
-    def parts(self) -> Parts:
+    def parts(self, **others: Any) -> Parts:
+        """Return the parts; ``others`` are fields of ``Parts``."""
+
         def factory(bundle: Bundle, plan: Plan, **options: Any) -> FakeSession:
             made = FakeSession(bundle, plan, on_step=self.on_step, loss_is_nan=self.loss_is_nan, **options)
             self.sessions.append(made)
             return made
 
-        return Parts(factory, self.meter, lambda bundle, engine, memory: RUNTIME_BYTES)
+        return Parts(factory, self.meter, lambda bundle, engine, memory: RUNTIME_BYTES, **others)
