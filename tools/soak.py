@@ -66,8 +66,8 @@ def export(folder: Path) -> tuple[Path, Path]:
 def agent(bundle: Path, data: Path, state: Path, *options: object, blind: bool = False) -> list[str]:
     """Return the command that runs the agent."""
     program = [str(Path(__file__).resolve()), "--as-blind-agent"] if blind else ["-m", "edgetune"]
-    words = ["run", bundle, "--data", data, "--state", state, "--batch", BATCH, "--once", "--quiet", "--no-supervise"]
-    words += options
+    words = ["run", bundle, "--data", data, "--state", state, "--batch", BATCH, "--once", "--quiet", *options]
+    words += ["--no-supervise"] if blind else []
     return [sys.executable, *program, *map(str, words)]
 
 
