@@ -101,6 +101,10 @@ class OnnxRuntime:
             del self._chosen[graph]
             self._sessions = {key: session for key, session in self._sessions.items() if key[0] != graph}
 
+    def limit(self, device_bytes: int | None) -> None:
+        """Set ``gpu_mem_limit`` of the graphs that are loaded from now on; each has an allocator of its own."""
+        self._providers = providers(self._ort.get_available_providers(), device_bytes)
+
     def load(self, graph: str) -> None:
         """Load every stage of ``graph``."""
         for stage in range(len(self._spec(graph).run_stages())):

@@ -52,6 +52,10 @@ class Runtime(Protocol):
     ) -> dict[str, Handle]:
         """Run one stage of ``graph`` and return ``outputs``; feeds that it does not read are ignored."""
 
+    def limit(self, device_bytes: int | None) -> None:
+        """Let the allocators of a CUDA device take at most so many bytes from now on (None: all that there is): more is
+        an allocation that fails. On a CPU the agent's resource limit does this."""
+
     def settle(self) -> None:
         """Give back to the system what is free; called after every step."""
 

@@ -124,6 +124,7 @@ class TrainingSession:
         self.discard()
         selection = default_selection(self.bundle.manifest) | dict(plan.selection)
         self._manifest = settle(narrow(self.bundle.manifest, plan.trained).manifest, selection)
+        self._runtime.limit(None if plan.budget_bytes is None else plan.budget_bytes - plan.ledger["runtime"])
         self._runtime.choose(selection, plan.trained)
         self._plan = plan
         self._codec_inputs = CodecInputs(self._manifest, plan, self._runtime, self._seed, self._carried())

@@ -93,6 +93,13 @@ class TorchRuntime:
         self._selection, self._trained = dict(selection), trained
         self._programs = {name: made for name, made in self._programs.items() if name not in changed}
 
+    def limit(self, device_bytes: int | None) -> None:
+        """Set what torch's CUDA allocator may take, at once."""
+        if self._device.type == "cuda":
+            total_bytes = torch.cuda.get_device_properties(self._device).total_memory
+            fraction = 1.0 if device_bytes is None else min(1.0, max(0, device_bytes) / total_bytes)
+            torch.cuda.set_per_process_memory_fraction(fraction, self._device)
+
     def load(self, graph: str) -> None:
         """Compile every stage of ``graph``.
 

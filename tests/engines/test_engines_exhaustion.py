@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import resource
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from edgetune.agent.ceiling import ceiling
 from edgetune.engines.exhaustion import is_exhaustion, telling_exhaustion
@@ -86,3 +88,36 @@ def test_an_update_that_is_broken_off_leaves_a_state_that_is_not_whole(monkeypat
     assert not session.whole
     session.load_state(stored)
     assert session.whole and same_bits(session.state(), stored)
+
+
+def test_a_plan_limits_what_cuda_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No device here: what onnxruntime is told for the graphs that it loads, and torch at once."""
+    from edgetune.engines.onnxruntime import OnnxRuntime
+    from edgetune.engines.torch import TorchRuntime
+
+    bundle, told = bundle_of("hosvd"), list[object]()
+    runtime = OnnxRuntime(bundle)
+    monkeypatch.setattr(runtime._ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    runtime.limit(5 << 20)
+    assert runtime._providers[0][1]["gpu_mem_limit"] == str(5 << 20)
+    runtime.limit(None)
+    assert "gpu_mem_limit" not in runtime._providers[0][1]
+    torch_runtime = TorchRuntime(bundle)
+    monkeypatch.setattr(torch_runtime, "_device", torch.device("cuda"))
+    total = SimpleNamespace(total_memory=1 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: total)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda part, device: told.append(part))
+    for limit in (1 << 28, None, 1 << 40):
+        torch_runtime.limit(limit)
+    assert told == [0.25, 1.0, 1.0]
+
+
+def test_a_session_passes_its_plans_limit_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    from edgetune.engines.onnxruntime import OnnxRuntime
+
+    told: list[int | None] = []
+    monkeypatch.setattr(OnnxRuntime, "limit", lambda self, device_bytes: told.append(device_bytes))
+    manifest = bundle_of("hosvd").manifest
+    plan = make_plan(manifest, batch=8, calibration=None, budget_bytes=1 << 30, runtime_bytes=1 << 20)
+    TrainingSession(bundle_of("hosvd"), plan, engine="onnxruntime", verify=False)
+    assert told == [(1 << 30) - (1 << 20)]
