@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ class Verdict:
     largest_over_bytes: int = 0
 
 
-def verdict(records: list[Mapping[str, Any]], steps: int) -> Verdict:
+def verdict(records: Sequence[Mapping[str, Any]], steps: int) -> Verdict:
     """Hold a run log to what is promised.
 
     - no step's measured peak is above the effective budget that was in force when it began; the one step after a
