@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from edgetune.agent.ceiling import SLACK_BYTES, ceiling
 from edgetune.engines import heap
 from edgetune.engines.torch_ops.arena import ARENA, LEAST_BYTES, Arena, empty
 
@@ -101,3 +102,22 @@ def test_without_addresses_to_reserve_torch_serves_alone(monkeypatch: pytest.Mon
     monkeypatch.setattr("edgetune.engines.torch_ops.arena.mmap.mmap", refuse)
     monkeypatch.setattr("edgetune.engines.torch_ops.arena.ARENA", Arena())
     assert empty([LEAST_BYTES], torch.float32, CPU).shape == (LEAST_BYTES,)
+
+
+def test_a_confined_arena_takes_no_more_than_it_may(arena: Arena) -> None:
+    size = (MIB,)
+    held = [arena.take(size, torch.uint8)]
+    arena.confine(MIB)
+    held.append(arena.take(size, torch.uint8))
+    with pytest.raises(MemoryError, match="where 0 may be taken"):
+        arena.take(size, torch.uint8)
+    held.pop()
+    held.append(arena.take(size, torch.uint8))  # pages that were given back may be taken again
+    arena.confine(None)
+    held.append(arena.take(size, torch.uint8))
+    assert arena.used_bytes == 3 * MIB and None not in held
+
+
+def test_the_hard_stop_reaches_the_arena() -> None:
+    with ceiling(0), pytest.raises(MemoryError):
+        empty((SLACK_BYTES + ARENA.resident_bytes + MIB,), torch.uint8, CPU)
