@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
+from edgetune.agent.parts import real_meter
 from edgetune.agent.storage import write_atomic
 from edgetune.agent.timeline import PhasePeaks
 from edgetune.bundle import Bundle, Manifest
@@ -29,7 +30,6 @@ from edgetune.errors import EngineError, MemoryExhaustedError, StorageError
 from edgetune.planning.plan import make_plan
 from edgetune.planning.prediction import full_basis_bytes, predict
 from edgetune.planning.rebase import settled_for
-from edgetune.telemetry.process import PeakMeter, resident_bytes
 from edgetune.units import MIB
 
 # What a run imports beside engine and planner; some of it only when it is first used.
@@ -98,7 +98,8 @@ def measure_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") 
     session.step_features(features, y)
     gc.collect()
     heap.trim()  # as before a plan comes into force
-    peaks = PhasePeaks(PeakMeter())
+    meter, taken_bytes = real_meter()
+    peaks = PhasePeaks(meter)
     session.phase_ended = peaks.ended
     peaks.begin()
     features = list(session.features(x))
@@ -108,7 +109,7 @@ def measure_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") 
     # At full rank the train graph reads the full bases themselves: they are there once, not twice.
     counted += full_basis_bytes(settled_for(manifest, plan).saved)
     if not peaks.resettable:
-        return max(0, resident_bytes() - counted)
+        return max(0, taken_bytes() - counted)
     predicted = predict(settled_for(manifest, plan), batch=count, micro_batch=count, ranks=plan.ranks, runtime_bytes=0)
     beyond = [
         measured - predicted.peaks[phase].bytes

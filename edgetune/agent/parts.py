@@ -75,8 +75,8 @@ class Meter(Protocol):
     """The part of ``telemetry.process.PeakMeter`` that the agent uses. ``resettable`` is not True where
     ``peak_bytes`` means the peak since the process began."""
 
-    resettable: bool | None
-
+    @property
+    def resettable(self) -> bool | None: ...
     def reset(self) -> None: ...
     def peak_bytes(self) -> int: ...
 
@@ -110,8 +110,19 @@ def real_parts() -> Parts:
     from edgetune.engines.session import TrainingSession
     from edgetune.planning.plan import RESERVE_BYTES
     from edgetune.telemetry.available import available_bytes
+
+    meter, taken_bytes = real_meter()
+    return Parts(TrainingSession, meter, runtime_bytes, RESERVE_BYTES, describe_engine, available_bytes, taken_bytes)
+
+
+def real_meter() -> tuple[Meter, Callable[[], int]]:
+    """Return what measures the peak of this process, and what tells how much it takes now: with what it holds of the
+    GPU's memory, where there is a GPU."""
+    from edgetune.engines.choice import has_nvidia_device
+    from edgetune.telemetry.device import BoardMeter, DeviceMemory
     from edgetune.telemetry.process import PeakMeter, resident_bytes
 
-    return Parts(
-        TrainingSession, PeakMeter(), runtime_bytes, RESERVE_BYTES, describe_engine, available_bytes, resident_bytes
-    )
+    if not has_nvidia_device():
+        return PeakMeter(), resident_bytes
+    meter = BoardMeter(PeakMeter(), DeviceMemory(), resident_bytes)
+    return meter, meter.now_bytes

@@ -50,7 +50,7 @@ def choose_engine(engine: str = "auto") -> Choice:
         return Choice("torch", "onnxruntime cannot be imported here, and torch is installed")
     if "CUDAExecutionProvider" in providers:
         return Choice("onnxruntime", "onnxruntime is installed and can use CUDA")
-    if not _has_nvidia_device():
+    if not has_nvidia_device():
         return Choice("onnxruntime", "onnxruntime is installed, and there is no NVIDIA device that torch could use")
     if has_torch and _torch_reaches_cuda():
         return Choice("torch", "torch can use the CUDA device, which the installed onnxruntime cannot")
@@ -104,7 +104,8 @@ def _onnxruntime_providers() -> Sequence[str] | None:
     return found
 
 
-def _has_nvidia_device(devices: Path = Path("/dev")) -> bool:
+def has_nvidia_device(devices: Path = Path("/dev")) -> bool:
+    """Tell whether the kernel has a driver of an NVIDIA device loaded."""
     return any((devices / name).exists() for name in _DEVICE_NODES)
 
 

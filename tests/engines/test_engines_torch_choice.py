@@ -26,7 +26,7 @@ def computer(
     """Pretend to be another computer."""
     patch.setattr(choice, "_onnxruntime_providers", lambda: providers)
     patch.setattr(choice, "_is_installed", lambda package: torch)
-    patch.setattr(choice, "_has_nvidia_device", lambda: device)
+    patch.setattr(choice, "has_nvidia_device", lambda: device)
 
     def ask_torch() -> bool:
         assert device and torch, "torch was asked although it cannot know more"
@@ -105,14 +105,14 @@ def test_without_onnx_the_torch_engine_says_what_it_needs(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(("node", "found"), [("nvidia0", True), ("nvhost-gpu", True), ("dxg", True), ("null", False)])
 def test_a_device_is_known_by_its_node(tmp_path: Path, node: str, found: bool) -> None:
     (tmp_path / node).touch()
-    assert choice._has_nvidia_device(tmp_path) == found
+    assert choice.has_nvidia_device(tmp_path) == found
 
 
 def test_choosing_onnxruntime_loads_neither_torch_nor_onnx() -> None:
     program = (
         "import sys\n"
         "from edgetune.engines import choice\n"
-        "choice._has_nvidia_device = lambda: False\n"
+        "choice.has_nvidia_device = lambda: False\n"
         "from edgetune.bundle import Bundle\n"
         "runtime = choice.make_runtime(Bundle.open(sys.argv[1]), 'auto')\n"
         "assert runtime.name == 'onnxruntime'\n"
