@@ -5,15 +5,15 @@ This module may know the manifest, rates and predictions; it must not know how o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from edgetune.bundle import Manifest
 from edgetune.planning.prediction import Prediction, predict, saved_bytes_by_tensor
 from edgetune.planning.rates import Rated, at_rate, rated
 from edgetune.planning.selection import default_selection, settle
-from edgetune.planning.spectra import Calibration, Ranks
+from edgetune.planning.spectra import Calibration, Ranks, breakpoints
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,15 @@ class Workbench:
     def __init__(self, manifest: Manifest, calibration: Calibration | None, limits: Limits) -> None:
         self.manifest, self.calibration, self.limits = manifest, calibration, limits
         self._settled: dict[tuple[str, ...], Manifest] = {}
+
+    def breakpoints(self) -> Sequence[float]:
+        """Return every ε at which some rank or count changes, ascending (``spectra.breakpoints``)."""
+        assert self.calibration is not None
+        known = {spec.name for spec in self.manifest.saved}
+        spectra = {name: modes for name, modes in self.calibration.spectra.items() if name in known}
+        counts = {name: modes for name, modes in self.calibration.counts.items() if name in known}
+        found: list[float] = breakpoints(replace(self.calibration, spectra=spectra, counts=counts)).tolist()
+        return found
 
     def uniform(self, codec: str | None, epsilon: float | None, rate: float | None = None) -> Candidate:
         """Return the candidate that keeps every tensor by ``codec`` at ``epsilon`` (None: 1), or at ``rate``.

@@ -110,9 +110,12 @@ def _reached(graph: GraphSpec, outputs: Sequence[str], absent: frozenset[str]) -
         lacking = [name in gone for name in wire.inputs]
         if lacking and (all(lacking) if wire.op == _SUM else any(lacking)):
             gone.update(wire.outputs)
+    chosen = {choice.output: [name for name in choice.options.values() if name] for choice in graph.choices}
     pending, kept = list(outputs), set[int]()
     while pending:
-        number = made_by.get(pending.pop())
+        name = pending.pop()
+        pending.extend(chosen.pop(name, ()))  # any of the options may be taken
+        number = made_by.get(name)
         if number is not None and number not in kept:
             kept.add(number)
             pending.extend(name for name in graph.wires[number].inputs if name not in gone)
@@ -129,6 +132,7 @@ def _part(graph: GraphSpec, outputs: Sequence[str], absent: frozenset[str]) -> C
     )
     spec = described_part(graph, (), wires, order, tuple(outputs), {}, not graph.choices)
     made = {name for wire in wires for name in wire.outputs}
+    read = {name for wire in wires for name in wire.inputs}
     later = {name for wire in wires[_backward_begins(spec) :] for name in wire.inputs}
     tensors = tuple(
         dataclasses.replace(use, kind="transient") if use.kind == "saved" and use.name not in later else use
@@ -137,7 +141,7 @@ def _part(graph: GraphSpec, outputs: Sequence[str], absent: frozenset[str]) -> C
     spec = dataclasses.replace(
         spec,
         tensors=tensors,
-        choices=tuple(choice for choice in graph.choices if choice.output in made),
+        choices=tuple(choice for choice in graph.choices if choice.output in made or choice.output in read),
         in_place={new: old for new, old in graph.in_place.items() if new in made},
     )
     return Chosen(spec, order, {}, gone)

@@ -10,6 +10,7 @@ from edgetune.errors import UsageError
 
 ACCUMULATE = "accumulate"
 """The graph by which the gradients of the pieces of a batch become one."""
+_PARTS = 8
 
 
 def layers_before_head(manifest: Manifest) -> int:
@@ -35,6 +36,30 @@ def check_splits(manifest: Manifest) -> None:
     raise UsageError(f"this bundle cannot be trained in pieces of a batch: {reason}; or leave out --tail-micro-batch")
 
 
+def pieces_of(manifest: Manifest, batch: int, pinned: int | None = None) -> list[int]:
+    """Return the pieces of a batch of which a planner chooses, descending: the whole, and the powers of two below it
+    where the bundle allows pieces; or the one that is ``pinned``."""
+    if pinned is not None:
+        return [pinned]
+    powers = [1 << k for k in reversed(range(batch.bit_length())) if 1 << k < batch]
+    return [batch, *(powers if splits(manifest) else [])]
+
+
+def trained_of(manifest: Manifest, pinned: int | None = None) -> list[int]:
+    """Return how many layers a planner may train, descending: every number up to eight, and eighths of more; or the one
+    that is ``pinned``."""
+    most = layers_before_head(manifest)
+    if pinned is not None or not manifest.graphs["train"].wires:
+        return [most if pinned is None else pinned]
+    parts = range(min(most, _PARTS) + 1)
+    counts = sorted({round(most * part / len(parts[1:])) if most else 0 for part in parts}, reverse=True)
+    return [count for count in counts if count >= _least_trained(manifest)]
+
+
+def _least_trained(manifest: Manifest) -> int:
+    return 0 if any(layer.role == "head" for layer in manifest.layers) else 1
+
+
 def check_samples(name: str, samples: int | None, batch: int) -> None:
     """Raise UsageError unless ``samples`` per run (None: not given) are 1 to ``batch``; ``name`` is the option's."""
     if samples is not None and not 1 <= samples <= batch:
@@ -44,7 +69,7 @@ def check_samples(name: str, samples: int | None, batch: int) -> None:
 def check_trained(manifest: Manifest, trained: int | None) -> None:
     """Raise UsageError unless so many weight layers (None: not given) can be trained."""
     most = layers_before_head(manifest)
-    least = 0 if any(layer.role == "head" for layer in manifest.layers) else 1
+    least = _least_trained(manifest)
     if trained is None or trained == most:
         return
     if not least <= trained <= most:

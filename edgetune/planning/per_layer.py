@@ -23,7 +23,7 @@ from edgetune.planning.candidates import Candidate, Workbench
 from edgetune.planning.choices import FloatArray, IntArray
 from edgetune.planning.profiles import Profiles
 from edgetune.planning.rates import FINER, LEVELS, Rated, all_rates, has_errors
-from edgetune.planning.uniform import labels_of, refusal, uniform_of_every_codec
+from edgetune.planning.uniform import labels_of, uniform_of_every_codec
 
 _ROUNDS = 6
 """How often the solver's limit is moved by what did not add up."""
@@ -50,26 +50,55 @@ class Front:
     uniform: tuple[FrontPoint, ...]
 
 
-def least_error(bench: Workbench) -> tuple[Candidate, float]:
-    """Return the candidate with the least total error within the limits, and a lower bound of that error.
+class PerLayer:
+    """The least total error within the limits, for each saved tensor by an option and a rate of its own. As
+    ``cheapest.Method``."""
 
-    It is never worse than a uniform one of any codec. The bound holds for the rates that were weighed, and as far as
-    bytes add up.
+    def find(self, bench: Workbench) -> tuple[Candidate, float] | None:
+        """Return the candidate with the least total error within the limits, if one fits, and a lower bound of that
+        error.
 
-    Raises:
-        BudgetError: nothing fits; ``least_bytes`` is the least budget that something does. (Where both budgets are
-            given, it fits both, but may not be the least.)
-        StateError: the calibration has no errors.
-    """
-    _check_errors(bench)
-    known = uniform_of_every_codec(bench)
-    mixings = _mixings(bench, known)
-    found = [mixing.least_error() for mixing in mixings]
-    fitting = [candidate for candidate in (*(one for one, _ in found), *known) if candidate is not None]
-    if not fitting:
-        raise _infeasible(bench, mixings)
-    best = min(fitting, key=lambda c: (_error(c), c.needed_bytes()))
-    return dataclasses.replace(best, epsilon=None), min(*(bound for _, bound in found), _error(best))
+        It is never worse than a uniform one of any codec. The bound holds for the rates that were weighed, and as far
+        as bytes add up.
+
+        Raises:
+            StateError: the calibration has no errors.
+        """
+        _check_errors(bench)
+        known = uniform_of_every_codec(bench)
+        found = [mixing.least_error() for mixing in _mixings(bench, known)]
+        fitting = [candidate for candidate in (*(one for one, _ in found), *known) if candidate is not None]
+        if not fitting:
+            return None
+        best = min(fitting, key=lambda c: (_error(c), c.needed_bytes()))
+        return dataclasses.replace(best, epsilon=None), min(*(bound for _, bound in found), _error(best))
+
+    def least(self, bench: Workbench) -> Candidate:
+        """Return the candidate that takes least; with an activation budget, of those that keep it if there are any.
+
+        Raises:
+            StateError: the calibration has no errors.
+        """
+        _check_errors(bench)
+        mixings = _mixings(bench, [])
+        candidates = [least for mixing in mixings for least in (mixing.least_peak(), mixing.least_saved())]
+        candidates += [bench.uniform(label, LEVELS[0]) for label in labels_of(bench.manifest)]
+        activation = bench.limits.activation_budget_bytes
+        if activation is not None:
+            keeping = [candidate for candidate in candidates if candidate.saved_bytes <= activation]
+            if not keeping:
+                return min(candidates, key=lambda c: c.saved_bytes)
+            candidates = keeping
+        return min(candidates, key=lambda c: c.needed_bytes())
+
+    def loss(self, bench: Workbench, candidate: Candidate) -> float:
+        """Return the mean error per saved tensor; 0 where nothing was measured of them."""
+        known = bench.calibration is not None and bench.calibration.samples > 0
+        return _error(candidate) / max(1, len(candidate.rates)) if known else 0.0
+
+    def words(self, least: Candidate) -> tuple[str, str]:
+        """Return what was tried for ``least``, and what a user may change of it."""
+        return ", the least that any codec of the menu keeps", ""
 
 
 def pareto_front(bench: Workbench, points: int = 16) -> Front:
@@ -236,17 +265,3 @@ def _check_errors(bench: Workbench) -> None:
             "the calibration holds no gradient errors, by which codecs are compared: calibrate again, with samples "
             "(--data FOLDER) and for a per-layer allocation"
         )
-
-
-def _infeasible(bench: Workbench, mixings: Sequence[Mixing]) -> BudgetError:
-    limits = bench.limits
-    candidates = [least for mixing in mixings for least in (mixing.least_peak(), mixing.least_saved())]
-    candidates += [bench.uniform(label, LEVELS[0]) for label in labels_of(bench.manifest)]
-    setting = f"a batch of {limits.batch} samples, the least that any codec of the menu keeps"
-    activation = limits.activation_budget_bytes
-    if activation is not None:
-        least_saved = min(candidates, key=lambda c: c.saved_bytes)
-        if least_saved.saved_bytes > activation:
-            return refusal(limits, least_saved, setting, "raise it, ")
-        candidates = [candidate for candidate in candidates if candidate.saved_bytes <= activation]
-    return refusal(limits, min(candidates, key=lambda c: c.needed_bytes()), setting, "raise it, ")

@@ -13,14 +13,21 @@ from dataclasses import dataclass, field
 from edgetune.bundle import Manifest
 from edgetune.errors import UsageError, choices
 from edgetune.plain import from_plain
-from edgetune.planning.candidates import Candidate, Limits, Workbench
-from edgetune.planning.freezing import narrow
-from edgetune.planning.knobs import check_samples, check_splits, check_trained, layers_before_head
-from edgetune.planning.per_layer import least_error
+from edgetune.planning.candidates import Candidate, Limits
+from edgetune.planning.cheapest import LEAST_EPSILON, Method, cheapest
+from edgetune.planning.knobs import (
+    check_samples,
+    check_splits,
+    check_trained,
+    layers_before_head,
+    pieces_of,
+    trained_of,
+)
+from edgetune.planning.per_layer import PerLayer
 from edgetune.planning.prediction import Prediction, dense_bytes, predict
 from edgetune.planning.sizes import rank_symbol
 from edgetune.planning.spectra import Calibration, captured_energy_bound, check_epsilon, identity_calibration
-from edgetune.planning.uniform import largest_uniform, last_that
+from edgetune.planning.uniform import Uniform, last_that
 from edgetune.units import MIB
 
 __all__ = ["ALLOCATIONS", "Plan", "PlanRow", "Prediction", "make_plan", "plan_of", "predict"]
@@ -99,6 +106,7 @@ class Plan:
             tensors; None where one was not measured.
         error_bound: no plan within the budgets has a lower error, as far as the calibration's rates and the sums of
             bytes go by which a mixed plan is found; None for a uniform plan. The gap is ``error - error_bound``.
+        reasons: why the batch is trained in pieces, or fewer layers than there are, where the planner chose so.
         calibration: the bases and spectra behind the ranks; neither compared nor in the JSON.
     """
 
@@ -123,6 +131,7 @@ class Plan:
     allocation: str = "uniform"
     error: float | None = None
     error_bound: float | None = None
+    reasons: tuple[str, ...] = ()
     calibration: Calibration | None = field(default=None, compare=False, repr=False)
 
     def symbols(self) -> dict[str, int]:
@@ -172,20 +181,23 @@ def make_plan(
     tail_micro_batch: int | None = None,
     trained: int | None = None,
     cache_bytes: int | None = None,
+    least_epsilon: float = LEAST_EPSILON,
 ) -> Plan:
-    """Return the plan that keeps most of the saved tensors within the budgets.
+    """Return the plan that costs least within the budgets, in time and in what is lost of the gradient.
 
     ``uniform``: every saved tensor is kept by ``codec``, one of the bundle's menu (None: the first), where that
     applies. With ``epsilon``, at exactly that ε; with ``rate`` λ, one element of λ is kept wherever elements are
-    counted. Otherwise at the largest ε whose predicted peak is at most ``budget_bytes`` with a micro-batch of 1, and
-    whose saved bytes are at most ``activation_budget_bytes``. Where the codec truncates nothing there is no ε to
-    choose, and ``epsilon`` is ignored: any is satisfied.
+    counted. Otherwise at the largest ε whose predicted peak is at most ``budget_bytes``, and whose saved bytes are at
+    most ``activation_budget_bytes``. Where the codec truncates nothing there is no ε to choose, and ``epsilon`` is
+    ignored: any is satisfied.
 
     ``per-layer``: each saved tensor gets an option of its menu and an ε of its own, so that the sum of the gradient
     errors that ``calibration`` holds is the least within the budgets (``planning.per_layer``).
 
-    Then the micro-batch: the largest power of two, at most ``batch`` and 32, that stays within ``budget_bytes``;
-    without one, 8 or ``batch``.
+    ``micro_batch``, ``tail_micro_batch``, ``trained`` and ``cache_bytes`` are as in :class:`Plan`; what is given stays,
+    and the others are chosen: ``planning.cheapest`` has the order in which they are given up, ``least_epsilon`` among
+    it. No cache unless one is given. At last the micro-batch of the trunk: the largest power of two, at most that of
+    the tail and 32, that stays within ``budget_bytes``; without one, 8 or that of the tail.
 
     No ``calibration`` stands for :func:`identity_calibration`. ``runtime_bytes`` are resident before anything of the
     plan is allocated; ``correction_bytes`` is the measured minus the predicted peak of an earlier step, of either sign;
@@ -202,24 +214,26 @@ def make_plan(
     check_samples("--micro-batch", micro_batch, batch)
     check_samples("--tail-micro-batch", tail_micro_batch, batch)
     check_trained(manifest, trained)
+    if cache_bytes is not None and cache_bytes < 0:
+        raise UsageError(f"the cache is {cache_bytes} bytes; expected 0 or more")
     if tail_micro_batch is not None and tail_micro_batch < batch:
         check_splits(manifest)
     limits = Limits(
         batch, runtime_bytes, budget_bytes, activation_budget_bytes, correction_bytes, reserve_bytes,
-        micro_batch, tail_micro_batch, cache_bytes or 0,
+        micro_batch, None, cache_bytes or 0,
     )  # fmt: skip
     measured = calibration
     if calibration is None:
         calibration = identity_calibration(manifest, batch)
-    if trained is not None:
-        manifest = narrow(manifest, trained).manifest
-    bench = Workbench(manifest, calibration, limits)
-    if allocation == "per-layer":
-        best, bound = least_error(bench)
-        return plan_of(best, measured or calibration, allocation=allocation, error_bound=bound)
-    best = largest_uniform(bench, codec, epsilon, rate)
+    method: Method = PerLayer() if allocation == "per-layer" else Uniform(codec, epsilon, rate)
+    found = cheapest(
+        manifest, calibration, limits, method, pieces=pieces_of(manifest, batch, tail_micro_batch),
+        trained=trained_of(manifest, trained), least_epsilon=least_epsilon,
+    )  # fmt: skip
+    best = found.candidate
     # Without any rank nothing of the calibration is used, and where none was given there is none to hold.
-    return plan_of(best, calibration if best.ranks or measured is not None else None)
+    held = measured or (calibration if best.ranks or allocation == "per-layer" else None)
+    return plan_of(best, held, allocation=allocation, error_bound=found.bound, reasons=found.reasons)
 
 
 def plan_of(
@@ -228,6 +242,7 @@ def plan_of(
     *,
     allocation: str = "uniform",
     error_bound: float | None = None,
+    reasons: tuple[str, ...] = (),
 ) -> Plan:
     """Return the plan of ``chosen``, with the largest micro-batch that fits."""
     limits, manifest = chosen.limits, chosen.manifest
@@ -261,6 +276,7 @@ def plan_of(
         allocation=allocation,
         error=chosen.error,
         error_bound=error_bound,
+        reasons=reasons,
         calibration=calibration,
     )
 

@@ -1,52 +1,79 @@
-"""One codec and one ε for all saved tensors: the largest ε that is within the limits, and what to say where none is.
+"""One codec and one ε for all saved tensors: the largest ε that is within the limits.
 
 This module may know candidates and calibrations; it must not know how a mixed choice is found, or engines.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from edgetune.bundle import Manifest
-from edgetune.errors import BudgetError, UsageError
-from edgetune.planning.candidates import Candidate, Limits, Workbench
+from edgetune.errors import UsageError
+from edgetune.planning.candidates import Candidate, Workbench
 from edgetune.planning.rates import ranked
 from edgetune.planning.selection import default_selection
-from edgetune.planning.spectra import COUNT, breakpoints
-from edgetune.units import format_bytes
+from edgetune.planning.spectra import COUNT
 
 
-def largest_uniform(
-    bench: Workbench, codec: str | None = None, epsilon: float | None = None, rate: float | None = None
-) -> Candidate:
-    """Return the candidate of ``codec`` with the largest ε that fits; with ``epsilon`` or ``rate``, of just that.
+@dataclass(frozen=True)
+class Uniform:
+    """``codec`` (None: the first of the menu) for all saved tensors, at the largest ε that fits, or at just the
+    ``epsilon`` or ``rate`` that is given. As ``cheapest.Method``."""
 
-    Raises:
-        BudgetError: it does not fit; ``least_bytes`` is the least budget that does.
-        UsageError: no tensor has an option ``codec``, or none of its options counts although there is a ``rate``.
-    """
-    selection = default_selection(bench.manifest, codec)
-    options = [spec.option(selection[spec.name]) for spec in bench.manifest.saved]
-    if rate is not None and not any(mode.source == COUNT for option in options for mode in option.modes):
-        raise UsageError(f"a rate is for codecs that count elements; '{codec or bench.manifest.codec}' has none")
-    values: Sequence[float | None] = [None]
-    if any(ranked(option) for option in options) and bench.calibration is not None and rate is None:
-        values = [epsilon] if epsilon is not None else breakpoints(bench.calibration).tolist()
-    chosen = last_that(lambda index: bench.uniform(codec, values[index], rate).fits(), len(values))
-    if chosen is None:
-        raise infeasible(bench.uniform(codec, values[0], rate), epsilon=epsilon, rate=rate)
-    return bench.uniform(codec, values[chosen], rate)
+    codec: str | None = None
+    epsilon: float | None = None
+    rate: float | None = None
+
+    def find(self, bench: Workbench) -> tuple[Candidate, None] | None:
+        """Return the candidate with the largest ε that fits, if one does.
+
+        Raises:
+            UsageError: no tensor has an option ``codec``, or none of its options counts although there is a ``rate``.
+        """
+        values = self._values(bench)
+        chosen = last_that(lambda index: self._at(bench, values[index]).fits(), len(values))
+        return None if chosen is None else (self._at(bench, values[chosen]), None)
+
+    def least(self, bench: Workbench) -> Candidate:
+        """Return the candidate that takes least."""
+        return self._at(bench, self._values(bench)[0])
+
+    def loss(self, bench: Workbench, candidate: Candidate) -> float:
+        """Return √(1 - ε), the relative error of what is saved; 0 where the user set it, or nothing is known of it."""
+        known = bench.calibration is not None and bench.calibration.samples > 0
+        chosen = self.epsilon is None and candidate.epsilon is not None
+        return math.sqrt(1.0 - (candidate.epsilon or 1.0)) if known and chosen else 0.0
+
+    def words(self, least: Candidate) -> tuple[str, str]:
+        """Return what was tried for ``least``, and what a user may change of it."""
+        if not least.ranks:
+            return "", ""
+        if self.epsilon is not None:
+            return f", epsilon = {self.epsilon:g} as given", "lower epsilon, "
+        if self.rate is not None:
+            return f", rate = {self.rate:g} as given", "raise the rate, "
+        return ", the least ranks", ""
+
+    def _values(self, bench: Workbench) -> Sequence[float | None]:
+        selection = default_selection(bench.manifest, self.codec)
+        options = [spec.option(selection[spec.name]) for spec in bench.manifest.saved]
+        if self.rate is not None and not any(mode.source == COUNT for option in options for mode in option.modes):
+            label = self.codec or bench.manifest.codec
+            raise UsageError(f"a rate is for codecs that count elements; '{label}' has none")
+        if any(ranked(option) for option in options) and bench.calibration is not None and self.rate is None:
+            return [self.epsilon] if self.epsilon is not None else bench.breakpoints()
+        return [None]
+
+    def _at(self, bench: Workbench, value: float | None) -> Candidate:
+        return bench.uniform(self.codec, value, self.rate)
 
 
 def uniform_of_every_codec(bench: Workbench) -> list[Candidate]:
     """Return, for each codec of the menu that can fit, the candidate with its largest ε."""
-    found = []
-    for label in labels_of(bench.manifest):
-        try:
-            found.append(largest_uniform(bench, label))
-        except BudgetError:
-            continue
-    return found
+    found = (Uniform(label).find(bench) for label in labels_of(bench.manifest))
+    return [one[0] for one in found if one is not None]
 
 
 def labels_of(manifest: Manifest) -> list[str]:
@@ -61,42 +88,3 @@ def last_that(holds: Callable[[int], bool], count: int) -> int | None:
         middle = (low + high) // 2
         low, high = (middle, high) if holds(middle) else (low, middle)
     return low if low >= 0 else None
-
-
-def infeasible(least: Candidate, *, epsilon: float | None = None, rate: float | None = None) -> BudgetError:
-    """Return the error for budgets that not even ``least``, at a micro-batch of 1, fits; ``epsilon``, ``rate``: as
-    given."""
-    limits = least.limits
-    setting, lower = f"a batch of {limits.batch} samples", ""
-    if least.ranks:
-        given = f"epsilon = {epsilon:g}" if epsilon is not None else "" if rate is None else f"rate = {rate:g}"
-        setting += f", {given} as given" if given else ", the least ranks"
-        lower = "lower epsilon, " if epsilon is not None else "" if rate is None else "raise the rate, "
-    return refusal(limits, least, setting, f"raise it, {lower}")
-
-
-def refusal(limits: Limits, least: Candidate, setting: str, advice: str) -> BudgetError:
-    """Return the error for budgets that not even ``least`` fits; ``setting`` says what that is."""
-    messages, least_bytes = [], 0
-    activation, budget = limits.activation_budget_bytes, limits.budget_bytes
-    if activation is not None and least.saved_bytes > activation:
-        least_bytes = least.saved_bytes
-        messages.append(
-            f"the activation budget of {_exact(activation)} is too small: the least is {_exact(least_bytes)}, with "
-            f"{setting}"
-        )
-    if budget is not None and least.needed_bytes() > budget:
-        least_bytes, prediction = least.needed_bytes(), least.cost()
-        largest = sorted(prediction.ledger.items(), key=lambda line: -line[1])[:3]
-        messages.append(
-            f"the budget of {_exact(budget)} is too small: the least is {_exact(least_bytes)}, with {setting} "
-            f"and a micro-batch of 1; its largest parts are "
-            f"{', '.join(f'{name} {format_bytes(size)}' for name, size in largest)}; "
-            f"the peak is at {prediction.bottleneck}"
-        )
-    advice += "choose a smaller batch, or export with fewer trained layers"
-    return BudgetError("; ".join(reversed(messages)) + f"; {advice}", least_bytes=least_bytes)
-
-
-def _exact(size_bytes: int) -> str:
-    return f"{format_bytes(size_bytes)} ({size_bytes} bytes)"

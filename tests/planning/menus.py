@@ -28,17 +28,23 @@ from edgetune.bundle import (
 from edgetune.codecs import count_grid
 from edgetune.planning.rates import LEVELS
 from edgetune.planning.spectra import Calibration, Spectrum
-from tests.planning.synthetic import manifest, use
+from tests.planning.synthetic import graph, manifest, use
 
 MENU = ("hosvd", "dct", "int8", "dense")
 
 
-def menu_manifest(shapes: Sequence[tuple[int, ...]], menu: Sequence[str] = MENU) -> Manifest:
-    """Layers whose inputs have the given (channels, *positions); without a trunk, update or calibrate graph."""
+def menu_manifest(shapes: Sequence[tuple[int, ...]], menu: Sequence[str] = MENU, *, pieces: bool = False) -> Manifest:
+    """Layers whose inputs have the given (channels, *positions); without a trunk or calibrate graph. With ``pieces`` a
+    batch may be trained in pieces."""
     plain = manifest(shapes, trunk=False)
     saved = tuple(_saved(i, shape, menu) for i, shape in enumerate(shapes))
-    weights = [f"l{i}.weight" for i in range(len(shapes))]
+    weights = [f"w{i}" for i in range(len(shapes))]
     graphs = {"train": _train(shapes, saved), "predict": plain.graphs["predict"], "update": plain.graphs["update"]}
+    if pieces:
+        sizes = [f"{shape[0]} {shape[0]} 3 3" for shape in shapes]
+        names = [f"{kind}/{weight}" for kind in ("accumulated", "gradient") for weight in weights]
+        held = [use(name, size, "gradient", -1, 1) for name, size in zip(names, 2 * sizes, strict=True)]
+        graphs["accumulate"] = graph("accumulate", 1, held)
     layers = tuple(
         LayerSpec(f"l{i}", "Conv", "tail", shape, weights[i], None, f"l{i}") for i, shape in enumerate(shapes)
     )

@@ -122,6 +122,7 @@ def test_the_largest_epsilon_that_fits() -> None:
         activation_budget_bytes=budget,
         runtime_bytes=0,
         codec="dct",
+        trained=len(SHAPES),
     )
     assert plan.epsilon == max(step for step in steps if saved(step) <= budget)
     assert plan.epsilon is not None

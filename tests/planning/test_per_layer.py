@@ -13,7 +13,7 @@ from edgetune.bundle import Manifest
 from edgetune.errors import BudgetError, StateError, UsageError
 from edgetune.planning import per_layer, rates
 from edgetune.planning.candidates import Candidate, Limits, Workbench
-from edgetune.planning.per_layer import least_error, pareto_front
+from edgetune.planning.per_layer import PerLayer, pareto_front
 from edgetune.planning.plan import Plan, make_plan
 from edgetune.planning.rates import all_rates
 from edgetune.planning.spectra import Calibration
@@ -64,7 +64,9 @@ def test_no_choice_has_a_lower_error_within_the_limits(seed: int, what: str) -> 
         fitting = [candidate for candidate in every_choice(bench) if candidate.fits()]
         if not fitting:
             continue
-        found, bound = least_error(bench)
+        chosen = PerLayer().find(bench)
+        assert chosen is not None
+        found, bound = chosen
         assert found.fits()
         best = min(candidate.error or 0.0 for candidate in fitting)
         assert found.error == pytest.approx(best, abs=1e-12)
@@ -104,12 +106,14 @@ def peak_of(described: Manifest, calibration: Calibration, codec: str) -> int:
 
 
 def plan(described: Manifest, calibration: Calibration | None, budget: int | None, **how: object) -> Plan:
+    every = len(described.layers)  # what is asked is what becomes of all of them
     return make_plan(
         described,
         batch=BATCH,
         calibration=calibration,
         budget_bytes=budget,
         runtime_bytes=RUNTIME,
+        trained=every,
         **how,  # type: ignore[arg-type]
     )
 
