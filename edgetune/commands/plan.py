@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from edgetune.commands._knobs import Cache, MicroBatch, TailMicroBatch, Trained, lines
+
 if TYPE_CHECKING:
     from edgetune.bundle import Bundle
     from edgetune.planning.curve import Explanation
@@ -39,6 +41,10 @@ def plan(
     ] = False,
     plot: Annotated[Path | None, typer.Option("--plot", help="Write that picture to this SVG file.")] = None,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Samples per step.")] = 32,
+    micro_batch: MicroBatch = None,
+    tail_micro_batch: TailMicroBatch = None,
+    trained: Trained = None,
+    cache: Cache = None,
     data: Annotated[
         Path | None, typer.Option("--data", help="Folder of samples to measure the spectra on (as for run).")
     ] = None,
@@ -104,6 +110,10 @@ def plan(
         codec=codec,
         allocation=allocation,
         rate=rate,
+        micro_batch=micro_batch,
+        tail_micro_batch=tail_micro_batch,
+        trained=trained,
+        cache_bytes=None if cache is None else parse_bytes(cache),
     )
     if timeline is not None:
         timeline.write_text(_drawn(opened, made, bundle.name, state, data if measure else None, engine), "utf-8")
@@ -115,8 +125,11 @@ def plan(
         print(json.dumps(told, indent=1))
         return
     from edgetune.engines.choice import describe_engine
+    from edgetune.planning.knobs import layers_before_head
 
     _show(made)
+    for line in lines(made, layers_before_head(opened.manifest)):
+        print(line)
     if explained is not None:
         from edgetune.commands._timeline import show_explanation
 
@@ -226,7 +239,7 @@ def _show(found: Plan) -> None:
         ledger.add_row("budget", format_bytes(found.budget_bytes))
     console.print(ledger)
     saved = f"saved for the backward pass: {format_bytes(found.saved_bytes)}"
-    console.print(f"{saved} instead of {format_bytes(found.dense_saved_bytes)}; micro-batch {found.micro_batch}")
+    console.print(f"{saved} instead of {format_bytes(found.dense_saved_bytes)}")
     if found.error is not None and found.error_bound is not None:
         console.print(f"total gradient error {found.error:.4f}, proven to be at least {found.error_bound:.4f}")
     elif measured:
