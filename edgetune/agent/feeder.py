@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
 
+from edgetune.agent.cache import FeatureCache
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Sample
 from edgetune.agent.parts import Meter, Session
@@ -45,8 +46,8 @@ class Fed:
 class Feeder:
     """Reads samples and turns them into features."""
 
-    def __init__(self, source: FolderSource, decoder: Decoder) -> None:
-        self.source, self.decoder = source, decoder
+    def __init__(self, source: FolderSource, decoder: Decoder, cache: FeatureCache | None = None) -> None:
+        self.source, self.decoder, self.cache = source, decoder, cache
         self.decode_peak_bytes, self.decode_peak_path = 0, ""
         self._meter: Meter | None = None
         self._other_peak_bytes = self._phase_peak_bytes = 0
@@ -110,24 +111,52 @@ class Feeder:
         fed = Fed() if into is None else into
         images = np.empty((min(micro_batch, count), *self.decoder.shape), np.float32)
         while len(fed.samples) < count:
-            waiting = self._fill(images[: count - len(fed.samples)], take, fed)
-            if not waiting:
+            found: list[Sample] = []  # in the order in which they were taken, which is that of their rows
+            rows: list[int] = []
+            waiting = self._fill(images, self._not_cached(take, count, fed, found), fed, found, rows)
+            if not found:
                 break
             started = time.perf_counter()
-            with computing("the trunk"):
-                outputs = session.features(images[: len(waiting)])
-                if not fed.features:
-                    # Allocated once at full size: joining pieces at the end would hold the features twice.
-                    fed.features = tuple(np.empty((count, *value.shape[1:]), value.dtype) for value in outputs)
-                at = len(fed.samples)
-                for whole, piece in zip(fed.features, outputs, strict=True):
-                    whole[at : at + len(waiting)] = piece
-            del outputs
-            fed.samples += waiting
+            if waiting:
+                with computing("the trunk"):
+                    outputs = session.features(images[: len(waiting)])
+                    self._allocate(fed, count, outputs)
+                    for whole, piece in zip(fed.features, outputs, strict=True):
+                        whole[rows] = piece
+                    if self.cache is not None:
+                        for index, sample in enumerate(waiting):
+                            self.cache.put(sample.sha256, [piece[index] for piece in outputs])
+                del outputs
+            fed.samples += found
             fed.seconds["trunk"] += time.perf_counter() - started
         fed.features = tuple(value[: len(fed.samples)] for value in fed.features)
         fed.labels = np.array([sample.label for sample in fed.samples], np.int64)
         return fed
+
+    def _not_cached(
+        self, take: Callable[[], Sample | None], count: int, fed: Fed, found: list[Sample]
+    ) -> Callable[[], Sample | None]:
+        """Return what gives the samples of ``take`` that are not in the cache, ``count`` of all at most; what is in it
+        goes into its row of ``fed``, and the sample into ``found``."""
+
+        def next_one() -> Sample | None:
+            while len(fed.samples) + len(found) < count and (sample := take()) is not None:
+                features = None if self.cache is None else self.cache.get(sample.sha256)
+                if features is None:
+                    return sample
+                self._allocate(fed, count, [value[None] for value in features])
+                for whole, value in zip(fed.features, features, strict=True):
+                    whole[len(fed.samples) + len(found)] = value
+                found.append(sample)
+            return None
+
+        return next_one
+
+    @staticmethod
+    def _allocate(fed: Fed, count: int, like: Sequence[Array]) -> None:
+        """Make room for the features of a batch, once: joining pieces at the end would hold them twice."""
+        if not fed.features:
+            fed.features = tuple(np.empty((count, *value.shape[1:]), value.dtype) for value in like)
 
     def batches(
         self,
@@ -162,22 +191,29 @@ class Feeder:
         images = np.empty((micro_batch, *self.decoder.shape), np.float32)
         while True:
             fed = Fed()
-            fed.samples = self._fill(images, lambda: next(rows, None), fed)
+            fed.samples = self._fill(images, lambda: next(rows, None), fed, [], [])
             fed.features = (images[: len(fed.samples)],)
             fed.labels = np.array([sample.label for sample in fed.samples], np.int64)
             yield fed
             if len(fed.samples) < micro_batch:
                 return
 
-    def _fill(self, images: Array, take: Callable[[], Sample | None], fed: Fed) -> list[Sample]:
-        """Decode samples into ``images`` until it is full or there are no more; return the rows that are in it."""
+    def _fill(
+        self, images: Array, take: Callable[[], Sample | None], fed: Fed, found: list[Sample], rows: list[int]
+    ) -> list[Sample]:
+        """Decode samples into ``images`` until it is full or there are no more; return the rows that are in it.
+
+        They are put into ``found`` as well, and the places that they have in the batch into ``rows``.
+        """
         started, waiting = time.perf_counter(), list[Sample]()
         if self._meter is not None:
             self._note()
         while len(waiting) < len(images) and (sample := take()) is not None:
             try:
                 images[len(waiting)] = self.load(sample)
+                rows.append(len(fed.samples) + len(found))
                 waiting.append(sample)
+                found.append(sample)
             except DataError as error:
                 if not self.source.root.is_dir():
                     # Every sample would be "missing"; none of them is at fault.

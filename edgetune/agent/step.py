@@ -48,6 +48,9 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
     measured_bytes = max(peak_bytes, work.feeder.decode_peak_bytes)
     work.step += 1
     work.supply.trained(fed.samples, passes, work.step)
+    if work.feeder.cache is not None:
+        last = [sample for sample in fed.samples if passes[sample.id] + 1 >= work.config.epochs]
+        work.feeder.cache.forget(sample.sha256 for sample in last)
     work.enforcer.went_well()
     seconds = {**fed.seconds, **report.seconds}
     accuracy = report.correct / max(report.samples, 1)

@@ -15,6 +15,7 @@ import numpy as np
 
 from edgetune.agent.allowance import AllowanceReader
 from edgetune.agent.budget import Budgeter, PlanRequest, same_shape, summary
+from edgetune.agent.cache import FeatureCache
 from edgetune.agent.ceiling import ceiling
 from edgetune.agent.config import AgentConfig
 from edgetune.agent.deaths import read_deaths
@@ -82,6 +83,7 @@ class Work:
             self.budgeter, reader, journal, use=self.use, save=self._save_before_a_wait, refusing=config.once,
             deaths=read_deaths(keeper.path), step=lambda: self.step,
         )  # fmt: skip
+        feeder.cache = FeatureCache(bundle.manifest.features, self.budgeter.plan.cache_bytes)
         self.loaded = False
         self._runtime_bytes, self._phases_bytes = runtime_bytes, dict[str, int]()
         self._timeline_of: Plan | None = None
@@ -104,6 +106,8 @@ class Work:
         epsilon = f", {described(plan.selection)}" if plan.epsilon is None else f", ε {plan.epsilon:.4f}"
         fields.update(summary(plan))
         self.journal.event(event, f"{event}: {reason}{epsilon}", step=self.step, reason=reason, **fields)
+        if self.feeder.cache is not None:
+            self.feeder.cache.resize(plan.cache_bytes)
         if not self.loaded:
             return
         if not same_shape(plan, self.in_session):
