@@ -14,8 +14,11 @@ _FACTORS = {
 MIB = 2**20
 
 
-def parse_bytes(text: str | int) -> int:
+def parse_bytes(text: str | int, *, zero: bool = False) -> int:
     """Return the number of bytes that ``text`` names, such as ``512MiB``, ``1.5 GB`` or ``4096``.
+
+    Args:
+        zero: whether it may be nothing at all.
 
     Raises:
         UsageError: the text is not a positive quantity with a known unit.
@@ -29,7 +32,7 @@ def parse_bytes(text: str | int) -> int:
                 f"'{text}' is not a size: expected a number and a unit (B, KB, MB, GB, KiB, MiB, GiB), such as 512MiB"
             )
         value_bytes = int(float(match[1]) * _FACTORS[match[2].upper()])
-    if value_bytes <= 0:
+    if value_bytes < 0 or (value_bytes == 0 and not zero):
         raise UsageError(f"'{text}' is not a size: it must be more than zero bytes")
     return value_bytes
 

@@ -113,7 +113,7 @@ def plan(
         micro_batch=micro_batch,
         tail_micro_batch=tail_micro_batch,
         trained=trained,
-        cache_bytes=None if cache is None else parse_bytes(cache),
+        cache_bytes=None if cache is None else parse_bytes(cache, zero=True),
     )
     if timeline is not None:
         timeline.write_text(_drawn(opened, made, bundle.name, state, data if measure else None, engine), "utf-8")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
+from edgetune.commands._knobs import Cache, MicroBatch, TailMicroBatch, Trained
+
 if TYPE_CHECKING:
     from edgetune.agent.config import AgentConfig
 
@@ -45,19 +47,10 @@ def run(
     codec: Annotated[
         str | None, typer.Option("--codec", help="The codec of the bundle's menu that keeps all (default: its first).")
     ] = None,
-    micro_batch: Annotated[
-        int | None, typer.Option("--micro-batch", help="Samples per run of the frozen part (default: planned).")
-    ] = None,
-    tail_micro_batch: Annotated[
-        int | None,
-        typer.Option("--tail-micro-batch", help="Samples per run of the trained part, gradients summed (planned)."),
-    ] = None,
-    trained: Annotated[
-        int | None, typer.Option("--trained", help="How many of the bundle's trained layers are trained (planned).")
-    ] = None,
-    cache: Annotated[
-        str | None, typer.Option("--cache", help="What features may be kept in, such as 64MiB; 0: none (planned).")
-    ] = None,
+    micro_batch: MicroBatch = None,
+    tail_micro_batch: TailMicroBatch = None,
+    trained: Trained = None,
+    cache: Cache = None,
     max_steps: Annotated[
         int | None, typer.Option("--max-steps", help="Stop at this step number; steps before a restart count.")
     ] = None,
@@ -93,17 +86,13 @@ def run(
     from edgetune.bundle import Bundle
     from edgetune.units import parse_bytes
 
-    def size(text: str) -> int:
-        """Return a size that may be nothing at all."""
-        return 0 if text.strip() == "0" else parse_bytes(text)
-
     given = {"learning_rate": learning_rate, "weight_decay": weight_decay, "momentum": momentum, "clip_norm": clip_norm}
     config = AgentConfig(
         data=data,
         state=state,
         budget_bytes=None if budget is None else parse_bytes(budget),
         activation_budget_bytes=None if activation_budget is None else parse_bytes(activation_budget),
-        reserve_bytes=None if reserve is None else size(reserve),
+        reserve_bytes=None if reserve is None else parse_bytes(reserve, zero=True),
         engine=engine,
         memory=memory,
         batch=batch,
@@ -113,7 +102,7 @@ def run(
         micro_batch=micro_batch,
         tail_micro_batch=tail_micro_batch,
         trained=trained,
-        cache_bytes=None if cache is None else size(cache),
+        cache_bytes=None if cache is None else parse_bytes(cache, zero=True),
         max_steps=max_steps,
         epochs=epochs,
         once=once,
