@@ -41,6 +41,7 @@ from edgetune.export.capture import Captured, capture
 from edgetune.export.emit import WeightFile, belongs_in_file
 from edgetune.export.normalisation import settle_batch_norm
 from edgetune.export.optimizers import optimizer_named
+from edgetune.export.pieces import pieces_of_loss
 from edgetune.export.selection import Selection, choose_trained, replace_head
 from edgetune.export.source import Signature, load_factory, load_source
 from edgetune.export.split import split_graph
@@ -208,7 +209,7 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
     weights.write(root)
 
     menu = with_fallback(menu_from(options.codec))
-    pieces = "" if buffers else _pieces(options)
+    pieces = "" if buffers else _pieces(graph, options)
     writer = GraphWriter(
         root, graph, split, weights, selection, {p: v.shape for p, v in values.items()},
         {b: v.shape for b, v in state.items()}, targets, loss, menu, menu if options.compress == "all" else (),
@@ -244,10 +245,10 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
     )
 
 
-def _pieces(options: ExportOptions) -> str:
+def _pieces(graph: ForwardGraph, options: ExportOptions) -> str:
     """Return how the losses of the pieces of a batch make that of the whole, as ``LossSpec.pieces``."""
     if options.traces_loss:
-        return ""
+        return pieces_of_loss(graph)
     # Smoothed labels leave a cost where the weights of a piece sum to nothing, which no mean over the piece can tell.
     return "" if options.label_smoothing and 0.0 in options.class_weights else "mean"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -175,3 +176,50 @@ def test_what_mixes_the_samples_of_a_batch_is_trained_whole(tmp_path: Path) -> N
     plan = edgetune.plan(bundle, batch=8, tail_micro_batch=8)
     with pytest.raises(UsageError, match="cannot be trained in pieces"):
         in_pieces(bundle, plan, 4)
+
+
+class Traced(nn.Module):
+    """A loss of the user's own."""
+
+    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return self.function(outputs, targets)
+
+
+def focal(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    log_p = outputs.log_softmax(1).gather(1, targets[:, None])
+    return (-((1 - log_p.exp()) ** 2) * log_p).mean() * 2.0 + 0.5
+
+
+def total(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs, targets, reduction="sum") + (outputs**2).sum()
+
+
+def centred(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs - outputs.mean(0, keepdim=True), targets)
+
+
+@pytest.mark.parametrize(("function", "pieces"), [(focal, "mean"), (total, "sum"), (centred, "")])
+def test_a_loss_of_the_users_own_is_split_where_it_is_a_mean_or_a_sum(
+    function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], pieces: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    bundle = edgetune.export(
+        nn.Linear(5, 3), torch.zeros(2, 5), tmp_path / "b", last=0, codec="dense", loss=Traced(function),
+        example_target=torch.zeros(2, dtype=torch.int64),
+    )  # fmt: skip
+    assert bundle.manifest.loss.pieces == pieces
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((BATCH, 5)).astype(np.float32), rng.integers(0, 3, BATCH)
+    plan = dense_plan(bundle)
+    if not pieces:
+        with pytest.raises(UsageError, match="its own loss is neither a mean nor a sum over samples"):
+            in_pieces(bundle, plan)
+        return
+    whole = edgetune.TrainingSession(bundle, plan, verify=False)
+    expected, found = whole.gradients(x, y), in_pieces(bundle, plan).gradients(x, y)
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    close(found[1], expected[1])
