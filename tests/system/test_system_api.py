@@ -6,6 +6,7 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -104,15 +105,16 @@ def test_a_budget_without_calibration_is_refused_where_ranks_depend_on_data() ->
 def test_the_budget_picks_the_largest_epsilon_that_fits() -> None:
     bundle = bundle_of("hosvd", "large", last=5)
     batches = [samples(BATCH, LARGE)]
+    whole: dict[str, Any] = {"tail_micro_batch": BATCH, "trained": 5}  # the knobs that would be turned before
     free = edgetune.plan(bundle, batch=BATCH, epsilon=1.0, calibration=batches)
     with pytest.raises(BudgetError) as caught:
-        edgetune.plan(bundle, batch=BATCH, budget="60MiB", calibration=batches)
+        edgetune.plan(bundle, batch=BATCH, budget="60MiB", calibration=batches, **whole)
     least_bytes = caught.value.least_bytes
     assert least_bytes < free.predicted_peak_bytes
     plans: list[tuple[Plan, float]] = []
     for share in (0.0, 0.3, 0.6, 0.9):
         budget_bytes = least_bytes + int(share * (free.predicted_peak_bytes - least_bytes))
-        plan = edgetune.plan(bundle, batch=BATCH, budget=budget_bytes, calibration=batches)
+        plan = edgetune.plan(bundle, batch=BATCH, budget=budget_bytes, calibration=batches, **whole)
         assert plan.predicted_peak_bytes <= budget_bytes == plan.budget_bytes
         assert sum(plan.ledger.values()) == plan.predicted_peak_bytes
         assert plan.epsilon is not None
@@ -124,8 +126,19 @@ def test_the_budget_picks_the_largest_epsilon_that_fits() -> None:
     with pytest.raises(BudgetError):
         edgetune.plan(
             bundle, batch=BATCH, budget=middle.budget_bytes, epsilon=min(1.0, epsilon + 0.02),
-            calibration=batches,
+            calibration=batches, **whole,
         )  # fmt: skip
+
+
+@pytest.mark.usefixtures("fixed_runtime")
+def test_the_least_budget_is_lower_where_more_knobs_may_be_turned() -> None:
+    bundle = bundle_of("hosvd", "large", last=5)
+    least_bytes, every = [], list[dict[str, Any]]([{"tail_micro_batch": BATCH, "trained": 5}, {"trained": 5}, {}])
+    for pins in every:
+        with pytest.raises(BudgetError) as caught:
+            edgetune.plan(bundle, batch=BATCH, budget="60MiB", epsilon=1.0, **pins)
+        least_bytes.append(caught.value.least_bytes)
+    assert least_bytes[0] > least_bytes[1] > least_bytes[2]
 
 
 @pytest.mark.usefixtures("fixed_runtime")

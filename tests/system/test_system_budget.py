@@ -19,6 +19,8 @@ from tests.system.device import make_images, run
 
 BATCH = 32
 LAST = 5
+WHOLE: dict[str, Any] = {"trained": LAST, "tail_micro_batch": BATCH}
+"""The knobs that a planner would turn for a lossless codec."""
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def budget_too_small_for_dense(least: dict[str, Any], runtime_bytes: int) -> int
     """Return a budget half way between what hosvd needs at least and what dense training needs."""
     dense = bundle_of("dense", "large", last=LAST).manifest
     with pytest.raises(BudgetError) as caught:
-        make_plan(dense, batch=BATCH, calibration=None, budget_bytes=MIB, runtime_bytes=runtime_bytes)
+        make_plan(dense, batch=BATCH, calibration=None, budget_bytes=MIB, runtime_bytes=runtime_bytes, **WHOLE)
     assert caught.value.least_bytes > least["least_bytes"] + 25 * MIB
     return (caught.value.least_bytes + int(least["least_bytes"])) // 2
 
@@ -53,8 +55,9 @@ def test_a_budget_that_rules_out_dense_training_is_kept_on_every_step(
 ) -> None:
     budget_bytes = budget_too_small_for_dense(least, runtime_bytes)
     dense = run(
-        bundle_of("dense", "large", last=LAST), images, tmp_path / "dense", batch=BATCH, budget_bytes=budget_bytes
-    )
+        bundle_of("dense", "large", last=LAST), images, tmp_path / "dense", batch=BATCH, budget_bytes=budget_bytes,
+        **WHOLE,
+    )  # fmt: skip
     assert dense["error"] == "BudgetError" and dense["least_bytes"] > budget_bytes
     state = tmp_path / "hosvd"
     bundle = bundle_of("hosvd", "large", last=LAST)
