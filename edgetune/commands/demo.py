@@ -76,7 +76,8 @@ class _Demo:
         self._say(
             f"budget for the whole process from here on: {budget_bytes / 2**20:.1f} MiB, half way between the two"
         )
-        options = self._run_options("refused", "--budget", budget_bytes, *few)
+        whole = ("--tail-micro-batch", BATCH, "--trained", LAST)  # else the batch would be trained in pieces
+        options = self._run_options("refused", "--budget", budget_bytes, *whole, *few)
         refusal = self._command("run", bundles["dense"].path, "--data", first, *options)
         if refusal.returncode != BudgetError.exit_code:
             raise SystemExit(f"the budget was meant to rule out dense training, and does not\n{refusal.stderr}")
