@@ -6,8 +6,8 @@
     python tools/memory_grid.py --preset tiny              one cell of a small network, for a look
 
 A cell does what ``edgetune run`` does, with pictures instead of files: the runtime's own bytes as the product measures
-and remembers them, a session on a first plan, a calibration on two batches, the plan for ε, an evaluation, a warm-up
-step by which the prediction is corrected, and then five steps (trunk by the micro-batch, train, update). The process's
+and remembers them, a session on a first plan, a calibration on two batches, the plan for ε, an evaluation, two warm-up
+steps by which the prediction is corrected, and then four more (trunk by the micro-batch, train, update). The process's
 own high-water mark (``/proc/self/clear_refs``, VmHWM) is reset before each phase, so nothing is missed and nothing is
 sampled. The store is a JSON file with one entry per cell, written as each ends: a run that was interrupted goes on.
 """
@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from tools.memory_subjects import SUBJECTS  # noqa: E402
 
 MIB = 2**20
-STEPS = 5
+WARM_UP, STEPS = 2, 4
 CALIBRATION_BATCHES = 2
 MOST_SAMPLES = 64
 PHASES = ("trunk", "train", "update")
@@ -178,7 +178,7 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
     steps: list[dict[str, int]] = []
     peaks = PhasePeaks(meter)
     session.phase_ended = peaks.ended
-    for _ in range(1 + STEPS):
+    for _ in range(WARM_UP + STEPS):
         waiting = rows[: cell.batch]
         peaks.begin()
         fed = feeder.feed(waiting.pop, cell.batch, session, plan.micro_batch)  # type: ignore[arg-type]
@@ -224,7 +224,7 @@ def _others(manifest: Any, plan: Any, runtime_bytes: int) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Figures:
-    """One row of the table, in bytes: first prediction, warm-up step, corrected prediction, the most of the later
+    """One row of the table, in bytes: first prediction, warm-up, corrected prediction, the most of the later
     steps, and how much of that the step adds to what is resident before it."""
 
     predicted: int
@@ -245,11 +245,12 @@ class Figures:
 
 
 def figures(found: dict[str, Any]) -> Figures:
-    """Return what a cell's entry in the store comes to; the first step is the warm-up, all others are measured."""
+    """Return what a cell's entry in the store comes to: the first steps are the warm-up, all others are measured."""
     from edgetune.agent.timeline import corrected_bytes
 
     predicted = max(found["predicted"].values())
-    warm, *rest = (max(step.values()) for step in found["steps"])
+    peaks = [max(step.values()) for step in found["steps"]]
+    warm, rest = max(peaks[:WARM_UP]), peaks[WARM_UP:]
     return Figures(predicted, warm, corrected_bytes(warm), max(rest), max(rest) - found["before_bytes"])
 
 
@@ -279,7 +280,7 @@ def table(store: dict[str, Any], cells: Sequence[Cell]) -> str:
             f"{statistics.median(errors):.1%}, worst {errors[-1]:.1%}. Of the step alone: median "
             f"{statistics.median(alone):.1%}, worst {alone[-1]:.1%}. "
             f"Measured above the corrected prediction: {over}; a later step took at most {later / MIB:.1f} MiB more "
-            "than the warm-up step.",
+            "than the warm-up.",
         ]
     return "\n".join(lines)
 

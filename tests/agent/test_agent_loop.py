@@ -267,6 +267,21 @@ def test_an_overrun_lowers_the_plan_and_says_why(tmp_path: Path, bundle: Bundle)
     assert steps[-1]["epsilon"] < steps[2]["epsilon"] == 1.0 and steps[-1]["ranks"] != steps[2]["ranks"]
 
 
+def test_what_an_engine_keeps_from_step_to_step_is_in_the_correction(tmp_path: Path, bundle: Bundle) -> None:
+    make_folder(tmp_path / "data", 4)
+    made: list[int] = []
+
+    def measure() -> int:
+        return RUNTIME_BYTES + (30_000 if len(made) >= 2 else 20_000)  # from the second step on, whatever it trains
+
+    shop = Workshop(measure=measure, on_step=lambda session: made.append(session.step_number))
+    run(tmp_path, bundle, shop, holdout=0)
+    (rehearsed,) = events(tmp_path, "rehearsed")
+    assert rehearsed["measured_peak_bytes"] == RUNTIME_BYTES + 30_000
+    steps = events(tmp_path, "step")
+    assert steps and all(step["predicted_peak_bytes"] == step["measured_peak_bytes"] for step in steps)
+
+
 def test_memory_that_the_runtime_keeps_is_planned_for_before_the_first_step(tmp_path: Path, bundle: Bundle) -> None:
     make_folder(tmp_path / "data", 20)
     full = make_plan(bundle.manifest, batch=16, calibration=None, runtime_bytes=RUNTIME_BYTES)
