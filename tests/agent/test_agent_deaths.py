@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from edgetune.agent.baseline import measure_runtime_apart
@@ -24,8 +23,6 @@ from tests.agent.fakes import Workshop, make_bundle, make_folder
 
 CALM_STEPS = 25
 SMALL_BYTES = 10_000  # of a runtime: so that a sixth of the whole can be given up
-# BLAS takes its buffers at its first work, and ends the process if the hard stop forbids it then.
-np.linalg.eigh(np.ones((512, 512)) @ np.ones((512, 512)))
 
 
 def run(tmp_path: Path, bundle: Bundle, **changed: Any) -> list[dict[str, Any]]:
