@@ -28,6 +28,7 @@ Cache = Annotated[
 
 def lines(plan: Plan, layers: int) -> list[str]:
     """Return the knobs of ``plan`` in words, and why: ``layers`` is how many were exported before the head."""
+    from edgetune.planning.plan import MOST_SAMPLES_PER_RUN
     from edgetune.units import format_bytes
 
     pieces = "whole" if plan.tail_micro_batch == plan.batch else f"in pieces of {plan.tail_micro_batch}"
@@ -36,4 +37,10 @@ def lines(plan: Plan, layers: int) -> list[str]:
         f"knobs: micro-batch {plan.micro_batch}; batch of {plan.batch} trained {pieces}; {plan.trained} of {layers} "
         f"layers trained; feature cache {cache}"
     )
-    return [knobs, *(f"why: {reason}" for reason in plan.reasons)]
+    reasons = list(plan.reasons)
+    if plan.budget_bytes is not None or plan.activation_budget_bytes is not None:
+        if plan.epsilon is not None and plan.epsilon < 1:
+            reasons.append(f"ε is {plan.epsilon:.4f}: a larger one does not fit, unless it was given")
+        if plan.micro_batch < min(MOST_SAMPLES_PER_RUN, plan.tail_micro_batch):
+            reasons.append(f"the trunk runs on {plan.micro_batch} at a time: more do not fit, unless they were given")
+    return [knobs, *(f"why: {reason}" for reason in reasons)]

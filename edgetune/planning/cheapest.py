@@ -34,9 +34,9 @@ from edgetune.units import format_bytes
 GOOD_EPSILON = 0.97
 """Down to here no loss of accuracy was measured (docs/accuracy.md)."""
 LEAST_EPSILON = 0.9
-"""Below, accuracy falls by more than fewer layers cost."""
+"""Below, accuracy falls by more than half of the layers are worth (docs/budget.md)."""
 USUAL_PIECE = 8
-"""Samples; smaller pieces take several times the time of a whole batch."""
+"""Samples; smaller pieces take up to five times the time of a whole batch (docs/budget.md)."""
 
 Cost = tuple[int, int, int, float, float]
 _GOOD = (0, 1, 3)
@@ -107,7 +107,7 @@ def cheapest(
     found = search.run(pieces, trained)
     if found is None:
         raise search.refusal(pieces, trained)
-    return Choice(found.candidate, found.bound, search.reasons(found))
+    return Choice(found.candidate, found.bound, search.reasons(found, pieces, trained))
 
 
 class _Search:
@@ -172,14 +172,14 @@ class _Search:
         limits = dataclasses.replace(self._limits, tail_micro_batch=piece)
         return Workbench(self._narrowed[trained], self._calibration, limits)
 
-    def reasons(self, found: _Found) -> tuple[str, ...]:
-        """Return why the batch is trained in pieces, and why not all layers are."""
+    def reasons(self, found: _Found, pieces: Sequence[int], trained: Sequence[int]) -> tuple[str, ...]:
+        """Return why the batch is trained in pieces, and why not all layers are, where that was not given."""
         told = []
-        if found.trained < self._most:
-            more = [one for (trained, _), one in self._tried.items() if one and trained > found.trained]
+        if found.trained < self._most and len(trained) > 1:
+            more = [one for (count, _), one in self._tried.items() if one and count > found.trained]
             with_more = f"more allow no ε above {max(map(_epsilon, more)):.3g}" if more else "more do not fit"
             told.append(f"the last {found.trained} of {self._most} layers are trained: {with_more}")
-        if found.piece < self._limits.batch:
+        if found.piece < self._limits.batch and len(pieces) > 1:
             whole = self._tried.get((found.trained, self._limits.batch))
             without = f"the whole batch allows no ε above {_epsilon(whole):.3g}" if whole else "the whole does not fit"
             told.append(f"the batch is trained in pieces of {found.piece}: {without}")

@@ -41,10 +41,14 @@ class Uniform:
         return self._at(bench, self._values(bench)[0])
 
     def loss(self, bench: Workbench, candidate: Candidate) -> float:
-        """Return √(1 - ε), the relative error of what is saved; 0 where the user set it, or nothing is known of it."""
+        """Return the mean error per saved tensor where it was measured, or else √(1 - ε), the relative error of what is
+        saved; 0 where the user set ε, or nothing is known of the data."""
         known = bench.calibration is not None and bench.calibration.samples > 0
-        chosen = self.epsilon is None and candidate.epsilon is not None
-        return math.sqrt(1.0 - (candidate.epsilon or 1.0)) if known and chosen else 0.0
+        if not known or self.epsilon is not None or candidate.epsilon is None:
+            return 0.0
+        if candidate.error is not None:
+            return candidate.error / max(1, len(candidate.rates))
+        return math.sqrt(1.0 - candidate.epsilon)
 
     def words(self, least: Candidate) -> tuple[str, str]:
         """Return what was tried for ``least``, and what a user may change of it."""

@@ -31,7 +31,9 @@ KNOWN = menu_calibration(MANIFEST, BATCH)
 
 
 def budgeter(budget_bytes: int | None, **changed: Any) -> Budgeter:
-    request = PlanRequest(BATCH, budget_bytes, None, None, **{"allocation": PER_LAYER, **changed})
+    # All layers, whatever the budget: what is asked is what becomes of each.
+    asked = {"allocation": PER_LAYER, "trained": len(SHAPES), **changed}
+    request = PlanRequest(BATCH, budget_bytes, None, None, **asked)
     return Budgeter(MANIFEST, request, RUNTIME_BYTES)
 
 

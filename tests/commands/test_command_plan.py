@@ -149,3 +149,16 @@ def test_pictures_of_a_front() -> None:
     assert sum(element.tag.endswith("polyline") for element in root.iter()) == 2
     alone = Front((point("per-layer", 5, 0.0),), ())
     assert drawn(alone, 60, 5) and xml.etree.ElementTree.fromstring(svg(alone, "")) is not None
+
+
+def test_knobs_are_pinned_shown_and_explained(place: Path) -> None:
+    pins = ("--trained", 1, "--tail-micro-batch", 4, "--micro-batch", 2, "--cache", "3MiB")
+    pinned = plan(place, "--codec", "dense", *pins)
+    text = f"knobs: micro-batch 2; batch of {BATCH} trained in pieces of 4; 1 of 2 layers trained; feature cache 3.00 "
+    assert text in pinned and "why:" not in pinned
+    assert "replay" in pinned
+    given_up = plan(place, "--codec", "dense", "--activation-budget", "20KiB")
+    assert "why: the batch is trained in pieces of" in given_up
+    assert "trained whole; 2 of 2 layers trained; feature cache none" in plan(place, "--codec", "dense")
+    with pytest.raises(UsageError, match="--trained 3: expected 0 to 2"):
+        plan(place, "--codec", "dense", "--trained", 3)

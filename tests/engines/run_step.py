@@ -19,6 +19,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from edgetune.bundle import Bundle
+from edgetune.engines.pieces import slices
 from edgetune.engines.session import TrainingSession
 from edgetune.planning.plan import Plan, predict
 from edgetune.planning.spectra import Calibration
@@ -35,8 +36,6 @@ class Metered(TrainingSession):
         super().__init__(bundle, plan)
 
     def _update(self, gradients: Mapping[str, Any]) -> float:
-        self.peaks_bytes.setdefault("train", []).append(self.meter.peak_bytes())
-        self.meter.reset()
         norm = super()._update(gradients)
         self.peaks_bytes.setdefault("update", []).append(self.meter.peak_bytes())
         return norm
@@ -48,8 +47,9 @@ def main(folder: Path) -> None:
     plan = Plan.from_json((folder / "plan.json").read_text())
     plan = dataclasses.replace(plan, calibration=Calibration.load(folder / "calibration.safetensors"))
     peaks = predict(
-        bundle.manifest, batch=plan.batch, micro_batch=plan.micro_batch, ranks=plan.ranks, runtime_bytes=0
-    ).peaks
+        bundle.manifest, batch=plan.batch, micro_batch=plan.micro_batch, ranks=plan.ranks, runtime_bytes=0,
+        tail_micro_batch=plan.tail_micro_batch,
+    ).peaks  # fmt: skip
     session = Metered(bundle, plan)
     # Code and tables come into memory when they are first used, here for one sample.
     few = list(session.features(np.zeros((1, *bundle.manifest.inputs[0].shape), np.float32)))
@@ -58,15 +58,18 @@ def main(folder: Path) -> None:
     session.peaks_bytes.clear()
     before_bytes = resident_bytes()
     for _ in range(STEPS):
-        with np.load(folder / "features.npz") as stored:
-            y, *features = (stored[f"arr_{i}"] for i in range(1 + len(bundle.manifest.features)))
+        for place in slices(plan.batch, plan.tail_micro_batch):
+            with np.load(folder / "features.npz") as stored:
+                y, *features = (stored[f"arr_{i}"][place].copy() for i in range(1 + len(bundle.manifest.features)))
+            session.meter.reset()
+            session.add(features, y)
+            session.peaks_bytes.setdefault("train", []).append(session.meter.peak_bytes())
         session.meter.reset()
-        session.step_features(features, y)
-        features.clear()
+        session.finish()
     result = {
         "resettable": session.meter.resettable,
         "measured": {graph: max(found) - before_bytes for graph, found in session.peaks_bytes.items()},
-        "train_bytes": peaks["train"].bytes,
+        "train_bytes": max(peaks[name].bytes for name in ("train", "accumulate") if name in peaks),
         "update_bytes": peaks["update"].bytes,
         "after_bytes": resident_bytes() - before_bytes,
         "seconds": sum(session.report.seconds.values()),

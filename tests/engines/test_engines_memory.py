@@ -5,6 +5,7 @@ Every measurement is made in a process of its own: memory that other tests left 
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -149,10 +150,12 @@ def test_a_selection_takes_two_temporaries_beside_its_output(units: dict[str, fl
 # ---- steps --------------------------------------------------------------------------------------------------------
 
 
-def measured_step(root: Path, codec: str, size: str, optimizer: str, batch: int, last: int) -> dict[str, Any]:
+def measured_step(
+    root: Path, codec: str, size: str, optimizer: str, batch: int, last: int, piece: int | None = None
+) -> dict[str, Any]:
     bundle = bundle_of(codec, size, optimizer, last)
     shape = bundle.manifest.inputs[0].shape
-    plan = plan_of(bundle, batch)
+    plan = dataclasses.replace(plan_of(bundle, batch), tail_micro_batch=piece or batch)
     x, y = samples(batch, shape)
     features = edgetune.TrainingSession(bundle, plan, verify=False).features(x)
     shutil.copytree(bundle.path, root / "bundle")
@@ -176,6 +179,12 @@ def test_a_train_step_peaks_where_it_was_predicted_to(steps: dict[str, dict[str,
     found = steps[codec]
     assert found["train_bytes"] > 60 * MIB  # else there would be little to measure
     assert found["measured"]["train"] == pytest.approx(found["train_bytes"], rel=0.1)
+
+
+def test_a_step_in_pieces_peaks_where_it_was_predicted_to(steps: dict[str, dict[str, Any]], tmp_path: Path) -> None:
+    found = measured_step(tmp_path, "dense", "large", "sgd", BATCH, 5, piece=16)
+    assert found["measured"]["train"] == pytest.approx(found["train_bytes"], rel=0.1)
+    assert found["measured"]["train"] < 0.35 * steps["dense"]["measured"]["train"]
 
 
 @pytest.mark.parametrize("codec", CODECS)

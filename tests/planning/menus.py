@@ -38,7 +38,7 @@ def menu_manifest(shapes: Sequence[tuple[int, ...]], menu: Sequence[str] = MENU,
     batch may be trained in pieces."""
     plain = manifest(shapes, trunk=False)
     saved = tuple(_saved(i, shape, menu) for i, shape in enumerate(shapes))
-    weights = [f"w{i}" for i in range(len(shapes))]
+    weights = [f"l{i}.weight" for i in range(len(shapes))]
     graphs = {"train": _train(shapes, saved), "predict": plain.graphs["predict"], "update": plain.graphs["update"]}
     if pieces:
         sizes = [f"{shape[0]} {shape[0]} 3 3" for shape in shapes]
@@ -114,10 +114,10 @@ def _train(shapes: Sequence[tuple[int, ...]], saved: Sequence[SavedSpec]) -> Gra
         if i:
             tensor(f"x{i}", dense[i])
             tensor(f"dy{i}", dense[i])
-        tensor(f"w{i}", f"{shape[0]} {shape[0]} 3 3", "parameter")
-        tensor(f"gradient/w{i}", f"{shape[0]} {shape[0]} 3 3", "gradient")
+        tensor(f"l{i}.weight", f"{shape[0]} {shape[0]} 3 3", "parameter")
+        tensor(f"gradient/l{i}.weight", f"{shape[0]} {shape[0]} 3 3", "gradient")
         tensor(f"{spec.name}.in", dense[i])
-        node("Conv", f"x{i} w{i}", f"x{i + 1}")
+        node("Conv", f"x{i} l{i}.weight", f"x{i + 1}")
         for option in spec.options:
             if option.label == "hosvd":
                 tensor(f"{spec.name}.basis", f"1 {shape[0]} rank.{spec.name}.c", "basis")
@@ -149,11 +149,11 @@ def _train(shapes: Sequence[tuple[int, ...]], saved: Sequence[SavedSpec]) -> Gra
                 taken[label],
             )
         choices.append(ChoiceSpec(spec.name, f"{spec.name}.in", taken))
-        node("WeightGradient", f"dy{i + 1} {spec.name}.in", f"gradient/w{i}")
+        node("WeightGradient", f"dy{i + 1} {spec.name}.in", f"gradient/l{i}.weight")
         if i:
-            node("InputGradient", f"dy{i + 1} w{i}", f"dy{i}")
+            node("InputGradient", f"dy{i + 1} l{i}.weight", f"dy{i}")
     inputs = tuple(t.name for t in tensors if t.first < 0)
-    outputs = ("loss", *(f"gradient/w{i}" for i in range(n)))
+    outputs = ("loss", *(f"gradient/l{i}.weight" for i in range(n)))
     nodes = tuple(f"node{i}" for i in range(len(wires)))
     return GraphSpec(
         "train.onnx", "train.flat.onnx", inputs, outputs, nodes, tuple(tensors), wires=tuple(wires),

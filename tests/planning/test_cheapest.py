@@ -66,7 +66,8 @@ def every_setting(manifest: Manifest, calibration: Calibration) -> list[tuple[Co
 
 
 def cost(found: Plan, manifest: Manifest) -> Cost:
-    loss = (1 - (found.epsilon or 1.0)) ** 0.5
+    assert found.error is not None
+    loss = found.error / len(found.rows)
     return cost_of(Limits(BATCH, 0), len(manifest.layers) - found.trained, found.tail_micro_batch, loss)
 
 

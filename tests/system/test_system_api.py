@@ -136,7 +136,7 @@ def test_the_least_budget_is_lower_where_more_knobs_may_be_turned() -> None:
     least_bytes, every = [], list[dict[str, Any]]([{"tail_micro_batch": BATCH, "trained": 5}, {"trained": 5}, {}])
     for pins in every:
         with pytest.raises(BudgetError) as caught:
-            edgetune.plan(bundle, batch=BATCH, budget="60MiB", epsilon=1.0, **pins)
+            edgetune.plan(bundle, batch=BATCH, budget="1MiB", epsilon=1.0, **pins)
         least_bytes.append(caught.value.least_bytes)
     assert least_bytes[0] > least_bytes[1] > least_bytes[2]
 
