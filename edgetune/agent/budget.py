@@ -293,6 +293,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "tail_micro_batch": plan.tail_micro_batch,
         "trained": plan.trained,
         "cache_bytes": plan.cache_bytes,
+        "why": list(plan.reasons),
         "predicted_peak_bytes": plan.predicted_peak_bytes,
         "budget_bytes": plan.budget_bytes,
         "saved_bytes": plan.saved_bytes,
