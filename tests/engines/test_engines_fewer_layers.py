@@ -19,7 +19,6 @@ from tests.engines.workshop import bundle_of, network, plan_of, samples
 
 BATCH = 8
 each_engine = pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
-each_optimizer = pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 
 
 def plan(bundle: Bundle, trained: int | None, **options: Any) -> Plan:
@@ -43,7 +42,7 @@ def test_the_gradients_are_those_of_torch_with_the_rest_frozen(engine: str, code
     options: dict[str, Any] = {"codec": "dense"} if "+" in codec else {}
     session = edgetune.TrainingSession(bundle, plan(bundle, None, **options), engine=engine, verify=False)
     names = [layer.name for layer in bundle.manifest.layers]
-    for trained in (2, 0, 3, 1):
+    for trained in (1, 0, 3):
         session.set_plan(plan(bundle, trained, **options))
         loss, found = session.gradients(x, y)
         expected = oracle(set(found), x, y)
@@ -54,8 +53,7 @@ def test_the_gradients_are_those_of_torch_with_the_rest_frozen(engine: str, code
             assert np.linalg.norm(found[name] - value) <= 1e-4 * np.linalg.norm(value) + 1e-7
 
 
-@each_engine
-@each_optimizer
+@pytest.mark.parametrize(("engine", "optimizer"), [("onnxruntime", "sgd"), ("torch", "adamw")])
 def test_what_is_frozen_stays_and_its_optimizer_state_too(engine: str, optimizer: str) -> None:
     bundle, (x, y) = bundle_of("dense", optimizer=optimizer), samples(BATCH)
     hyper = {"weight_decay": 0.1, "clip_norm": 0.5}
@@ -77,9 +75,8 @@ def test_what_is_frozen_stays_and_its_optimizer_state_too(engine: str, optimizer
     assert all(not np.array_equal(session.state()[name], after[name]) for name in frozen)
 
 
-@pytest.mark.parametrize("codec", ["dense", "svd"])
-def test_fewer_layers_save_and_take_less(codec: str) -> None:
-    bundle, (x, y) = bundle_of(codec), samples(BATCH)
+def test_fewer_layers_save_and_take_less() -> None:
+    bundle, (x, y) = bundle_of("svd"), samples(BATCH)
     plans = [
         make_plan(
             bundle.manifest, batch=BATCH, calibration=plan_of(bundle, BATCH).calibration, epsilon=0.9, runtime_bytes=0,
