@@ -13,6 +13,7 @@ import pytest
 
 from edgetune.agent import enforcement
 from edgetune.agent.allowance import write_budget
+from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Ledger
 from edgetune.agent.loop import Outcome, run_agent
 from edgetune.agent.summary import status
@@ -158,6 +159,30 @@ def test_status_says_how_it_goes(tmp_path: Path, bundle: Bundle, data: Path) -> 
     found = status(tmp_path / "state")["condition"]
     assert found["state"] == "degraded" and "the plan needs" in found["reason"]
     assert found["effective_budget_bytes"] == (least + full) // 2 - 1
+
+
+def test_a_picture_that_takes_too_much_to_unpack_is_named_and_blames_no_plan(
+    tmp_path: Path, bundle: Bundle, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, full = least_and_full(bundle)
+    board, spike, seen_samples = Board(), [0], list[bytes]()
+    decode, taken = Decoder.decode, board.taken
+    board.shop.meter.measure = lambda: taken() + spike[0]
+    monkeypatch.setattr(board.shop.meter, "reset", lambda: spike.__setitem__(0, 0))
+
+    def unpack(self: Decoder, content: bytes) -> Array:
+        seen_samples.append(content)
+        if board.shop.sessions and board.shop.session.step_number == 2:
+            spike[0] = 10**6
+        return decode(self, content)
+
+    monkeypatch.setattr(Decoder, "decode", unpack)
+    run(tmp_path, bundle, data, board, budget_bytes=full + 5000, max_steps=5)
+    (found,) = (r for r in records(tmp_path) if r["event"] == "decode_overrun")
+    assert found["step"] == 3 and ".png" in found["path"] and found["measured_peak_bytes"] > 10**6
+    assert seen(tmp_path, "degrade", "paused") == []
+    steps = [r for r in records(tmp_path) if r["event"] == "step"]
+    assert steps[2]["measured_peak_bytes"] == steps[2]["decode_peak_bytes"] > full + 10**5, "it is not hidden either"
 
 
 # ---- running out ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,7 +16,7 @@ from edgetune.engines.exhaustion import is_exhaustion, telling_exhaustion
 from edgetune.engines.session import TrainingSession
 from edgetune.errors import EngineError, MemoryExhaustedError
 from edgetune.planning.plan import make_plan
-from tests.engines.workshop import bundle_of, same_bits, samples
+from tests.engines.workshop import ROOT, bundle_of, same_bits, samples
 
 WORDS = {
     "onnxruntime's arena": "Non-zero status code returned while running Conv node. Name:'Conv_3' Status Message: "
@@ -121,3 +123,13 @@ def test_a_session_passes_its_plans_limit_on(monkeypatch: pytest.MonkeyPatch) ->
     plan = make_plan(manifest, batch=8, calibration=None, budget_bytes=1 << 30, runtime_bytes=1 << 20)
     TrainingSession(bundle_of("hosvd"), plan, engine="onnxruntime", verify=False)
     assert told == [(1 << 30) - (1 << 20)]
+
+
+def test_the_hard_stop_does_not_end_the_process_in_numpys_own_library() -> None:
+    """OpenBLAS takes its buffers at the first product, and calls exit() if it gets none."""
+    program = (
+        "import numpy as np; from edgetune.agent.ceiling import ceiling; a = np.ones((1200, 1200))\n"
+        "with ceiling(0): print(int((a @ a)[0, 0]))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, "1200\n"), done.stderr
