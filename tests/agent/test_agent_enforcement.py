@@ -153,6 +153,22 @@ def test_the_user_changes_the_budget_while_it_runs(tmp_path: Path, bundle: Bundl
         run(tmp_path, bundle, data, Board(), budget_bytes=full + 1000, max_steps=STEPS + 1)
 
 
+def test_a_resumed_run_is_held_to_its_new_runtime_before_its_first_step(
+    tmp_path: Path, bundle: Bundle, data: Path
+) -> None:
+    budget_bytes = least_and_full(bundle)[1] + 600
+    run(tmp_path, bundle, data, Board(), budget_bytes=budget_bytes, max_steps=5)
+    more = Board()
+    taken = more.taken
+    more.shop.meter.measure = lambda: taken() + 900 - more.shop.session.plans[-1].correction_bytes
+    run(tmp_path, bundle, data, more, budget_bytes=budget_bytes, max_steps=10)
+    assert seen(tmp_path, "rehearsed", "degrade")[-3:] == [("rehearsed", 5), ("degrade", 5), ("rehearsed", 5)]
+    steps = [r for r in records(tmp_path) if r["event"] == "step"]
+    assert [r["step"] for r in steps] == list(range(1, 11))
+    assert all(r["measured_peak_bytes"] <= budget_bytes for r in steps)
+    assert steps[5]["epsilon"] < steps[4]["epsilon"]
+
+
 def test_status_says_how_it_goes(tmp_path: Path, bundle: Bundle, data: Path) -> None:
     least, full = least_and_full(bundle)
     run(tmp_path, bundle, data, Board(lambda step: (least + full) // 2 if step >= 5 else 1 << 50), max_steps=8)
