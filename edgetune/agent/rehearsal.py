@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 
+from edgetune.agent.budget import same_shape
 from edgetune.agent.feeder import Fed
 from edgetune.agent.work import Work
 from edgetune.errors import MemoryExhaustedError, StateError
@@ -50,8 +51,7 @@ def rehearse(work: Work) -> None:
         )  # fmt: skip
         work.tell_timeline(plan)
         work.enforcer.measured(peak_bytes, resettable=work.parts.meter.resettable is not False)
-        now = work.budgeter.plan
-        if (now.ranks, now.selection, now.micro_batch) == (plan.ranks, plan.selection, plan.micro_batch):
+        if same_shape(work.budgeter.plan, plan):
             return
 
 
