@@ -74,8 +74,9 @@ class Budgeter:
         """What the plan in force takes at its peak, and what is to stay free of a budget."""
         return self.plan.predicted_peak_bytes + self._reserve_bytes
 
-    def within(self, limit_bytes: int | None) -> Plan:
-        """Plan anew for another limit, with the correction known so far; None: without a limit.
+    def within(self, limit_bytes: int | None, measured_bytes: int = 0) -> Plan:
+        """Plan anew for another limit (None: none), with the correction known so far, and what the plan in force was
+        measured to take beyond its prediction: a correction that was learned of one plan may be too small for another.
 
         A given ε that does not fit yields; where nothing fits with the whole reserve, half of it is given up.
 
@@ -84,10 +85,11 @@ class Budgeter:
         """
         before = self.limit_bytes, self._yielded, self._reserve_bytes
         self.limit_bytes, error = limit_bytes, None
+        correction_bytes = self.plan.correction_bytes + max(0, measured_bytes - self.plan.predicted_peak_bytes)
         for yielded, reserve_bytes in self._concessions():
             self._yielded, self._reserve_bytes = yielded, reserve_bytes
             try:
-                self.plan = self._make(self.plan.calibration, self.plan.correction_bytes, self._epsilon())
+                self.plan = self._make(self.plan.calibration, correction_bytes, self._epsilon())
                 return self.plan
             except BudgetError as refused:
                 error = refused

@@ -224,7 +224,7 @@ class Enforcer:
         old, error = self.budgeter.plan, None
         for target in targets:
             try:
-                plan = self.budgeter.within(max(1, target))
+                plan = self.budgeter.within(max(1, target), self._measured_bytes)
             except BudgetError as refused:
                 error = refused
             else:
@@ -235,7 +235,7 @@ class Enforcer:
         self._refuse(error, f"{why}; {self.allowance}", **fields)
 
     def _lower(self, target: int, text: str) -> None:
-        old, plan = self.budgeter.plan, self.budgeter.within(max(1, target))
+        old, plan = self.budgeter.plan, self.budgeter.within(max(1, target), self._measured_bytes)
         self._put(old, plan, "degrade", text)
         release_memory()
 
@@ -249,7 +249,7 @@ class Enforcer:
     def _recover(self, target: int | None, why: str, event: str) -> None:
         old = self.budgeter.plan
         try:
-            plan = self.budgeter.within(target)
+            plan = self.budgeter.within(target, self._measured_bytes)
         except BudgetError as error:  # only after a wait: what fitted before fits where there is more
             self._pause(error.least_bytes, f"{why}; {self.allowance}")
             return

@@ -13,7 +13,7 @@ from edgetune.engines.certificate import Certificate
 from edgetune.errors import StateError
 from edgetune.telemetry import runlog
 
-_ROUTINE = ("step", "evaluated", "checkpoint")
+_ROUTINE = ("step", "evaluated", "checkpoint", "timeline")
 _CONDITION = ("asked_bytes", "effective_budget_bytes", "available_bytes", "available_source", "least_bytes")
 
 

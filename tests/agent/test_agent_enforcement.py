@@ -13,6 +13,7 @@ import pytest
 
 from edgetune.agent import enforcement
 from edgetune.agent.allowance import write_budget
+from edgetune.agent.budget import Budgeter, PlanRequest
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Ledger
 from edgetune.agent.loop import Outcome, run_agent
@@ -108,6 +109,15 @@ def test_memory_that_is_taken_away_and_comes_back(tmp_path: Path, bundle: Bundle
     assert all(r["measured_peak_bytes"] <= r["effective_budget_bytes"] for r in steps)
     assert [r["condition"] for r in steps] == ["running"] * 10 + ["degraded"] * 39 + ["running"] * 11
     assert steps[9]["epsilon"] == steps[-1]["epsilon"] == 1.0 > steps[10]["epsilon"]
+
+
+def test_a_lower_plan_counts_what_the_one_before_took_beyond_its_prediction(bundle: Bundle) -> None:
+    budgeter = Budgeter(bundle.manifest, PlanRequest(BATCH, None, None, None), RUNTIME_BYTES)
+    old = budgeter.plan
+    lower = budgeter.within(old.predicted_peak_bytes, old.predicted_peak_bytes + 1000)
+    assert lower.correction_bytes == old.correction_bytes + 1000
+    assert lower.predicted_peak_bytes <= old.predicted_peak_bytes and lower.saved_bytes < old.saved_bytes
+    assert budgeter.within(None, 1).correction_bytes == lower.correction_bytes, "less than predicted proves nothing"
 
 
 def test_nothing_fits_for_a_while(tmp_path: Path, bundle: Bundle, data: Path) -> None:
