@@ -19,7 +19,7 @@ from edgetune.engines import heap
 from edgetune.telemetry.process import data_bytes
 from edgetune.units import MIB
 
-SLACK_BYTES = 16 * MIB
+SLACK_BYTES = 32 * MIB
 """Mappings count whole, resident or not: stacks of threads, pages that nobody touched yet."""
 
 

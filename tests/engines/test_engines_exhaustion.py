@@ -59,7 +59,8 @@ def test_other_failures_keep_their_names() -> None:
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
-def test_an_engine_under_a_hard_stop_says_so_and_works_again(engine: str) -> None:
+def test_an_engine_under_a_hard_stop_says_so_and_works_again(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgetune.agent.ceiling.SLACK_BYTES", 8 << 20)
     bundle = bundle_of("dense")
     plan = make_plan(bundle.manifest, batch=2048, calibration=None, epsilon=1.0, runtime_bytes=0, micro_batch=256)
     x, y = samples(2048, bundle.manifest.inputs[0].shape)
