@@ -61,6 +61,8 @@ def resume(work: Work, tensors: Mapping[str, Array], position: Mapping[str, Any]
     if PlanRequest(**position["request"]) == work.budgeter.request:
         plan = work.budgeter.adopt(Plan.from_json(position["plan"]), calibration, corrected=position["corrected"])
         work.enforcer.adopted()
+        if work.feeder.cache is not None:  # made for the plan that was there before any calibration
+            work.feeder.cache.resize(plan.cache_bytes)
         work.session.set_plan(plan)
         work.in_session = plan
     else:
