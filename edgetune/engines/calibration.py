@@ -5,12 +5,12 @@ Knows a session's ``grams`` and the planner's spectra; nothing of folders or bud
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
 
-from edgetune.bundle import Array, Manifest
+from edgetune.bundle import Array, Manifest, ModeSpec
 from edgetune.errors import DataError
 from edgetune.planning.calibration import Calibration, Spectrum, spectrum_of
 
@@ -45,15 +45,7 @@ def calibrate(session: Measures, manifest: Manifest, batches: Iterable[tuple[Arr
     for features in batches:
         samples += len(features[0])
         batch = max(batch, len(features[0]))
-        for name, modes in session.grams(features).items():
-            for letter, gram in modes.items():
-                if known_modes[name, letter].size is None:
-                    values = spectrum_of(gram, with_basis=False).eigenvalues
-                    eigenvalues[name, letter] = _add(eigenvalues.get((name, letter)), values)
-                else:
-                    # float64, because sums over many batches of float32 squares lose their small eigenvalues.
-                    known = sums.get((name, letter))
-                    sums[name, letter] = gram.astype(np.float64) if known is None else known + gram
+        _sum(session.grams(features), known_modes, sums, eigenvalues)
         del features  # before the next batch is made
     if not samples:
         return None
@@ -72,6 +64,25 @@ def calibrate(session: Measures, manifest: Manifest, batches: Iterable[tuple[Arr
     for (name, letter), values in eigenvalues.items():
         spectra.setdefault(name, {})[letter] = Spectrum(values, None)
     return Calibration(spectra, samples=samples, batch=batch, counts=counts)
+
+
+def _sum(
+    grams: dict[str, dict[str, Array]],
+    known_modes: Mapping[tuple[str, str], ModeSpec],
+    sums: dict[tuple[str, str], Array],
+    eigenvalues: dict[tuple[str, str], Array],
+) -> None:
+    """Add the Gram matrices of one batch. In a function of its own: a name left over from the last turn of a loop would
+    hold the largest matrices, while their eigenvectors are sought."""
+    for name, modes in grams.items():
+        for letter, gram in modes.items():
+            if known_modes[name, letter].size is None:
+                values = spectrum_of(gram, with_basis=False).eigenvalues
+                eigenvalues[name, letter] = _add(eigenvalues.get((name, letter)), values)
+            else:
+                # float64, because sums over many batches of float32 squares lose their small eigenvalues.
+                known = sums.get((name, letter))
+                sums[name, letter] = gram.astype(np.float64) if known is None else known + gram
 
 
 def _add(known: Array | None, more: Array) -> Array:
