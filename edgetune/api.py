@@ -33,7 +33,8 @@ def plan_bundle(
     cache_bytes: int | None = None,
 ) -> Plan:
     """Calibrate on the batches (inputs, targets) of ``calibration`` if given, then plan; see :func:`edgetune.plan`."""
-    from edgetune.planning.plan import RESERVE_BYTES, make_plan
+    from edgetune.engines.choice import choose_engine
+    from edgetune.planning.plan import make_plan, reserve_bytes_of
 
     limited = budget_bytes is not None or activation_budget_bytes is not None
     if calibration is None and epsilon != 1.0 and (limited or epsilon is not None or allocation != "uniform"):
@@ -49,7 +50,7 @@ def plan_bundle(
         activation_budget_bytes=activation_budget_bytes,
         epsilon=epsilon,
         runtime_bytes=_runtime_bytes(bundle, engine, limited=budget_bytes is not None),
-        reserve_bytes=RESERVE_BYTES,
+        reserve_bytes=reserve_bytes_of(choose_engine(engine).name),
         codec=codec,
         allocation=allocation,
         rate=rate,

@@ -244,14 +244,14 @@ class Figures:
         return (self.predicted - self.measured) / self.step
 
 
-def figures(found: dict[str, Any]) -> Figures:
+def figures(found: dict[str, Any], engine: str) -> Figures:
     """Return what a cell's entry in the store comes to: the first steps are the warm-up, all others are measured."""
     from edgetune.agent.timeline import corrected_bytes
 
     predicted = max(found["predicted"].values())
     peaks = [max(step.values()) for step in found["steps"]]
     warm, rest = max(peaks[:WARM_UP]), peaks[WARM_UP:]
-    return Figures(predicted, warm, corrected_bytes(warm), max(rest), max(rest) - found["before_bytes"])
+    return Figures(predicted, warm, corrected_bytes(warm, engine), max(rest), max(rest) - found["before_bytes"])
 
 
 def table(store: dict[str, Any], cells: Sequence[Cell]) -> str:
@@ -261,7 +261,7 @@ def table(store: dict[str, Any], cells: Sequence[Cell]) -> str:
     heads = ("model", "N", "batch", "codec", "engine", "predicted", "measured", "error", "of it the step",
              "error of the step", "corrected")  # fmt: skip
     lines = ["| " + " | ".join(heads) + " |", "|---|---|---:|---|---|" + "---:|" * 6]
-    rows = [(cell, figures(store[cell.key])) for cell in cells if "steps" in store.get(cell.key, {})]
+    rows = [(cell, figures(store[cell.key], cell.engine)) for cell in cells if "steps" in store.get(cell.key, {})]
     for cell, row in rows:
         sizes = (row.predicted, row.measured, row.step, row.corrected)
         a, b, c, d = (f"{size / MIB:.1f}" for size in sizes)
@@ -343,7 +343,7 @@ def main(arguments: Sequence[str] | None = None, say: Callable[[str], None] = pr
             store[cell.key] = run_cell(cell, args.work.resolve())
             args.store.write_text(json.dumps(store, indent=1), "utf-8")
             found = store[cell.key]
-            row = None if "error" in found else figures(found)
+            row = None if "error" in found else figures(found, cell.engine)
             told = found["error"] if row is None else f"{row.error:+.1%}, step alone {row.step_error:+.1%}"
             print(f"{cell.key}: {told}", file=sys.stderr, flush=True)
     text = table(store, cells)

@@ -86,14 +86,14 @@ class Parts:
     """The replaceable parts of an agent.
 
     ``runtime_bytes(bundle, engine, memory)`` is what the process takes before anything of a plan is allocated;
-    ``reserve_bytes`` are left free of a budget; ``engine(asked)`` tells which engine runs, and why;
+    ``reserve_bytes(engine)`` is left free of a budget; ``engine(asked)`` tells which engine runs, and why;
     ``available()`` is what this process may still take, ``resident_bytes()`` what it has.
     """
 
     session_factory: SessionFactory
     meter: Meter
     runtime_bytes: Callable[[Bundle, str, str], int]
-    reserve_bytes: int = 0
+    reserve_bytes: Callable[[str], int] = lambda engine: 0
     engine: Callable[[str], str] = str
     available: Callable[[], Available] = lambda: Available(UNKNOWN_BYTES, "nothing tells")
     resident_bytes: Callable[[], int] = int
@@ -106,13 +106,17 @@ def real_parts() -> Parts:
         EngineError: no runtime is installed.
     """
     from edgetune.agent.baseline import runtime_bytes
-    from edgetune.engines.choice import describe_engine
+    from edgetune.engines.choice import choose_engine, describe_engine
     from edgetune.engines.session import TrainingSession
-    from edgetune.planning.plan import RESERVE_BYTES
+    from edgetune.planning.plan import reserve_bytes_of
     from edgetune.telemetry.available import available_bytes
 
     meter, taken_bytes = real_meter()
-    return Parts(TrainingSession, meter, runtime_bytes, RESERVE_BYTES, describe_engine, available_bytes, taken_bytes)
+
+    def reserve_bytes(engine: str) -> int:
+        return reserve_bytes_of(choose_engine(engine).name)
+
+    return Parts(TrainingSession, meter, runtime_bytes, reserve_bytes, describe_engine, available_bytes, taken_bytes)
 
 
 def real_meter() -> tuple[Meter, Callable[[], int]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from edgetune.agent.parts import Meter
 from edgetune.bundle import Manifest
-from edgetune.planning.plan import RESERVE_BYTES, Plan
+from edgetune.planning.plan import Plan, reserve_bytes_of
 from edgetune.planning.prediction import predict
 from edgetune.planning.rebase import settled_for
 
@@ -18,13 +18,10 @@ STEP_PHASES = ("trunk", "train", "accumulate", "update")
 """The phases of a step, in their order; each is the run of one graph (accumulate: of a step in pieces)."""
 
 
-MARGIN_BYTES = RESERVE_BYTES
-"""What a corrected prediction lies above the measured step that corrected it."""
-
-
-def corrected_bytes(measured_bytes: int) -> int:
-    """Return the prediction for later steps of a plan of which one step took ``measured_bytes``."""
-    return measured_bytes + MARGIN_BYTES
+def corrected_bytes(measured_bytes: int, engine: str) -> int:
+    """Return the prediction for later steps of a plan whose rehearsed ones took ``measured_bytes``: so much, and what a
+    budget leaves free beside it."""
+    return measured_bytes + reserve_bytes_of(engine)
 
 
 class PhasePeaks:

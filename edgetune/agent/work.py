@@ -78,7 +78,7 @@ class Work:
             config.micro_batch, config.tail_micro_batch, config.trained, config.cache_bytes,
         )  # fmt: skip
         runtime_bytes = parts.runtime_bytes(bundle, config.engine, config.memory)
-        self.budgeter = Budgeter(bundle.manifest, request, runtime_bytes, parts.reserve_bytes)
+        self.budgeter = Budgeter(bundle.manifest, request, runtime_bytes, parts.reserve_bytes(config.engine))
         self.enforcer = Enforcer(
             self.budgeter, reader, journal, use=self.use, save=self._save_before_a_wait, refusing=config.once,
             deaths=read_deaths(keeper.path), step=lambda: self.step,

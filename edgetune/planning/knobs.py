@@ -53,7 +53,8 @@ def trained_of(manifest: Manifest, pinned: int | None = None) -> list[int]:
         return [most if pinned is None else pinned]
     parts = range(min(most, _PARTS) + 1)
     counts = sorted({round(most * part / len(parts[1:])) if most else 0 for part in parts}, reverse=True)
-    return [count for count in counts if count >= _least_trained(manifest)]
+    # All of them always: a bundle may train biases and scales alone, and no layer.
+    return [count for count in counts if count == most or count >= _least_trained(manifest)]
 
 
 def _least_trained(manifest: Manifest) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edgetune.agent.timeline import MARGIN_BYTES
+from edgetune.planning.plan import RESERVE_BYTES
 from tools import memory_grid
 from tools.memory_grid import BEGIN, END, MIB, PRESETS, Cell, figures, put_between_marks, table
 
@@ -25,16 +25,16 @@ def found(*steps: int, predicted: int = 110) -> dict[str, Any]:
 
 
 def test_the_first_steps_correct_and_the_worst_of_the_others_counts() -> None:
-    row = figures(found(99, 100, 101, 98))
+    row = figures(found(99, 100, 101, 98), "onnxruntime")
     assert (row.predicted, row.measured, row.warm) == (110 * MIB, 101 * MIB, 100 * MIB)
-    assert row.corrected == 100 * MIB + MARGIN_BYTES
+    assert row.corrected == 100 * MIB + RESERVE_BYTES
     assert row.error == pytest.approx(110 / 101 - 1) and row.step_error == pytest.approx(9 / 81)
 
 
 def test_the_table_says_how_many_cells_are_above_the_corrected_prediction() -> None:
-    other = Cell("tiny-32", "2", 16, "dense", "torch")
+    other = Cell("tiny-32", "2", 16, "dense", "onnxruntime")
     store = {CELL.key: found(99, 100, 101), other.key: found(100, 99, 104, predicted=130), "x": {"error": "no"}}
-    text = table(store, [CELL, other, Cell("tiny-32", "2", 1, "dense", "torch")])
+    text = table(store, [CELL, other, Cell("tiny-32", "2", 1, "dense", "onnxruntime")])
     assert text.count("\n| tiny-32") == 2 and "| +8.9% |" in text
     assert "2 cells" in text and "worst 25.0%" in text and "corrected prediction: 1" in text
     assert "at most 4.0 MiB" in text
@@ -68,7 +68,7 @@ def test_one_cell_is_measured_in_processes_of_its_own_and_kept(
     assert "error" not in entry, entry
     if not entry["resettable"]:
         pytest.skip("this kernel does not reset a process's high-water mark (/proc/self/clear_refs)")
-    row = figures(entry)
+    row = figures(entry, "onnxruntime")
     assert len(entry["steps"]) == memory_grid.WARM_UP + memory_grid.STEPS and row.measured <= row.corrected
     assert abs(row.error) < 0.08
     assert set(entry["steps"][0]) == {"trunk", "train", "update"} and entry["measured"]["calibrate"] > 0
