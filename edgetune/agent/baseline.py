@@ -37,9 +37,10 @@ _AGENT = ("edgetune.agent.loop", "rich.live", "rich.panel", "rich.progress_bar",
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "torch", "numpy", "onnx")
 _MEASURE = 4
 """Counts up when what is measured changes: figures remembered before do not hold then."""
-TORCH_SAMPLES = 16
-"""On so many the torch engine is measured: it takes more per sample than is predicted, so that fewer would put larger
-batches too low, and more, small ones too high (docs/memory.md)."""
+TORCH_SAMPLES, TORCH_EPSILON = 16, 0.25
+"""On so many samples and at this ε the torch engine is measured: it takes more per sample, and per byte of a factor,
+than is predicted. Less would put large batches too low, and more, small and compressed ones too high (see
+docs/memory.md)."""
 
 
 def runtime_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> int:
@@ -88,12 +89,12 @@ def measure_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") 
 
     One sample shows all to onnxruntime. torch takes other paths for more (14 MiB of code and primitives, with
     MobileNetV2), and its arena keeps from phase to phase and from step to step what the most of them took: there the
-    second of two steps of 16 samples is measured, and as a whole.
+    second of two steps of 16 samples is measured, and as a whole; with factors of the size that plans have.
     """
     torch = choose_engine(engine).name == "torch"
     count = TORCH_SAMPLES if torch else 1
     manifest = bundle.manifest
-    plan = make_plan(manifest, batch=count, calibration=None, epsilon=1.0, runtime_bytes=0)
+    plan = make_plan(manifest, batch=count, calibration=None, epsilon=TORCH_EPSILON if torch else 1.0, runtime_bytes=0)
     session = TrainingSession(bundle, plan, engine=engine, memory=memory)  # verified, as the agent's own session is
     x = {spec.name: np.zeros((count, *spec.shape), spec.dtype) for spec in manifest.inputs}
     y = np.zeros((count, *manifest.targets.shape), manifest.targets.dtype)
@@ -114,7 +115,7 @@ def measure_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") 
     session.step_features(features, y)
     counted = sum(plan.ledger[line] for line in ("weights", "parameters", "optimizer"))
     # At full rank the train graph reads the full bases themselves: they are there once, not twice.
-    counted += full_basis_bytes(settled_for(manifest, plan).saved)
+    counted += plan.ledger["bases"] if torch else full_basis_bytes(settled_for(manifest, plan).saved)
     if not peaks.resettable:
         return max(0, taken_bytes() - counted)
     predicted = predict(
