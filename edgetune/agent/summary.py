@@ -74,10 +74,11 @@ def report(path: Path) -> dict[str, Any]:
     """Return what the whole run was like, as JSON data.
 
     Keys: state, model, steps, samples, epochs, predicted_peak_bytes and measured_peak_bytes (their maxima over the
-    steps), budget_bytes (the last one), over_budget_steps, budget_kept (None without a budget), loss_first, loss_last,
-    accuracy_before, accuracy, evaluations, epsilon_least, epsilon_last, energy_least (captured), refreshes (of the
-    bases: how many were made, mended the energy, fell short, failed), seconds (per phase, summed), allocation,
-    codecs (of the last plan: how many tensors each keeps), events (how many of each kind).
+    steps), budget_bytes (the last one), over_budget_steps (over the effective one, where the log has it), budget_kept
+    (None without a budget), loss_first, loss_last, accuracy_before, accuracy, evaluations, epsilon_least, epsilon_last,
+    energy_least (captured), refreshes (of the bases: how many were made, mended the energy, fell short, failed),
+    seconds (per phase, summed), allocation, codecs (of the last plan: how many tensors each keeps), events (how many of
+    each kind).
 
     Raises:
         StateError: not a state directory, or nothing was logged.
@@ -101,7 +102,7 @@ def report(path: Path) -> dict[str, Any]:
     for record in steps:
         _add(seconds, record.get("seconds"))
     limited = [record for record in steps if record.get("budget_bytes") is not None]
-    over = sum(1 for record in limited if record["measured_peak_bytes"] > record["budget_bytes"])
+    over = sum(1 for record in limited if record["measured_peak_bytes"] > _limit(record))
     epsilons = [record["epsilon"] for record in steps if record.get("epsilon") is not None]
     energies = [value for record in steps for value in record["energy"].values() if value is not None]
     return {
@@ -146,6 +147,12 @@ def _samples(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:
         return ledger.counts(), refused[-10:]
     finally:
         ledger.close()
+
+
+def _limit(step: dict[str, Any]) -> int:
+    """Return what a step could take: the budget, or less where there was less."""
+    budget_bytes: int = step["budget_bytes"]
+    return min(budget_bytes, step.get("effective_budget_bytes") or budget_bytes)
 
 
 def _add(total: dict[str, float], more: Any) -> None:

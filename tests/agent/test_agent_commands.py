@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from edgetune.agent import loop, worker
+from edgetune.agent import loop, summary, worker
 from edgetune.agent.config import AgentConfig
 from edgetune.agent.loop import run_agent
 from edgetune.agent.view import QuietView
@@ -65,6 +66,16 @@ def test_report(app: typer.Typer, state: Path) -> None:
     assert found["events"]["step"] == 12
     table = CliRunner().invoke(app, ["report", str(state)]).stdout
     assert "kept at every step" in table and "seconds: train" in table
+
+
+def test_a_step_over_what_there_was_counts_though_it_kept_the_budget(state: Path, tmp_path: Path) -> None:
+    shutil.copytree(state, tmp_path / "state")
+    log = tmp_path / "state" / "log.jsonl"
+    steps = [json.loads(line) for line in log.read_text().splitlines() if '"event":"step"' in line]
+    tight = steps[-1] | {"effective_budget_bytes": steps[-1]["measured_peak_bytes"] - 1}
+    log.write_text(log.read_text() + json.dumps(tight) + "\n")
+    found = summary.report(tmp_path / "state")
+    assert tight["measured_peak_bytes"] < tight["budget_bytes"] and found["over_budget_steps"] == 1
 
 
 def test_a_directory_that_is_no_state_is_named(app: typer.Typer, tmp_path: Path) -> None:
