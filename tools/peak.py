@@ -64,13 +64,13 @@ def measure(folder: Path) -> None:
     import dataclasses
 
     import edgetune
-    from edgetune.agent.baseline import measure_runtime
+    from edgetune.agent.baseline import runtime_bytes as remembered
     from edgetune.planning.plan import Plan, predict
     from edgetune.planning.spectra import Calibration
     from edgetune.telemetry.process import PeakMeter, resident_bytes
 
     bundle = edgetune.open_bundle(folder / "bundle")
-    runtime_bytes = measure_runtime(bundle)
+    runtime_bytes = remembered(bundle)
     plan = Plan.from_json((folder / "plan.json").read_text())
     plan = dataclasses.replace(plan, calibration=Calibration.load(folder / "calibration.safetensors"))
     prediction = predict(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from edgetune.bundle import Manifest
 from edgetune.engines import heap
 from edgetune.errors import BudgetError
 from edgetune.planning.candidates import Limits
+from edgetune.planning.knobs import layers_before_head
 from edgetune.planning.plan import Plan, make_plan
 from edgetune.planning.prediction import predict
 from edgetune.planning.rates import LEVELS, comparable, ranked
@@ -28,7 +30,7 @@ PER_LAYER = "per-layer"
 
 ALWAYS_THERE = ("runtime", "weights", "parameters", "optimizer", "bases")
 """The lines of a plan's ledger that are resident in every phase."""
-STEP_GRAPHS = ("trunk", "train", "update")
+STEP_GRAPHS = ("trunk", "train", "accumulate", "update")
 
 
 @dataclass(frozen=True)
@@ -249,23 +251,27 @@ class Budgeter:
                 reserve_bytes=self._reserve_bytes,
                 micro_batch=request.micro_batch,
                 tail_micro_batch=request.tail_micro_batch,
-                trained=request.trained,
                 cache_bytes=request.cache_bytes,
-                **how,
+                **{"trained": request.trained, **how},
             )
 
         if request.allocation != PER_LAYER:
             return make(self.manifest, calibration, epsilon=epsilon, codec=request.codec)
         if (calibration is not None and calibration.errors) or not any(spec.lossy for spec in self.manifest.saved):
             return make(comparable(self.manifest, calibration), calibration, allocation=PER_LAYER)
-        # Nothing tells codecs apart yet: one for all, a lossless one if any of those fits, else the first that does.
+        # Nothing tells codecs apart yet: one for all, a lossless one if any of those fits, else the first that does. A
+        # lossy one rather than fewer layers: what is not trained cannot be compared either.
         lossy = {option.label for spec in self.manifest.saved for option in spec.options if option.lossy}
-        for label in sorted(labels_of(self.manifest), key=lambda label: label in lossy):
+        labels = sorted(labels_of(self.manifest), key=lambda label: label in lossy)
+        guessed = _guessed(self.manifest, calibration, request.batch)
+        ways = [(calibration, {"codec": label}) for label in labels] + [(guessed, {"allocation": PER_LAYER})]
+        counts = [layers_before_head(self.manifest), None] if request.trained is None else [request.trained]
+        for trained, (known, how) in itertools.product(counts, ways):
             try:
-                return make(self.manifest, calibration, codec=label)
-            except BudgetError:
-                continue
-        return make(self.manifest, _guessed(self.manifest, calibration, request.batch), allocation=PER_LAYER)
+                return make(self.manifest, known, trained=trained, **how)
+            except BudgetError as error:
+                refused = error
+        raise refused
 
 
 def _guessed(manifest: Manifest, calibration: Calibration | None, batch: int) -> Calibration:

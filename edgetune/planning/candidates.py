@@ -129,7 +129,7 @@ class Workbench:
         """Return the candidate that keeps every tensor by ``codec`` at ``epsilon`` (None: 1), or at ``rate``.
 
         Raises:
-            UsageError: no tensor has an option of that label, or a number is out of range.
+            UsageError: a number is out of range.
         """
         selection = default_selection(self.manifest, codec)
         piece, known = self.limits.piece, self.calibration

@@ -233,7 +233,9 @@ def make_plan(
     measured = calibration
     if calibration is None:
         calibration = identity_calibration(manifest, batch)
-    method: Method = PerLayer() if allocation == "per-layer" else Uniform(codec, epsilon, rate)
+    uniform = Uniform(codec, epsilon, rate)
+    uniform.check(manifest)
+    method: Method = PerLayer() if allocation == "per-layer" else uniform
     found = cheapest(
         manifest, calibration, limits, method, pieces=pieces_of(manifest, batch, tail_micro_batch),
         trained=trained_of(manifest, trained), least_epsilon=least_epsilon,

@@ -41,20 +41,25 @@ class Chosen:
     absent: frozenset[str] = frozenset()
 
 
+def check_codec(manifest: Manifest, codec: str) -> None:
+    """Raise UsageError unless some saved tensor can be kept by ``codec`` (as spelled).
+
+    Ask it of a whole bundle: where fewer layers are trained, nothing may be left to which the codec applies.
+    """
+    wanted = label_of(codec_named(codec))
+    every = dict.fromkeys(option.label for spec in manifest.saved for option in spec.options)
+    if wanted not in every:
+        raise UsageError(f"the bundle keeps no tensor as '{codec}'; choose one of: {choices(every)}")
+
+
 def default_selection(manifest: Manifest, codec: str | None = None) -> dict[str, str]:
     """Return the selection in which every saved tensor is kept by ``codec`` (as spelled), or else by the first
     of its menu.
 
     A tensor to which the codec does not apply is kept dense, or by the first of its menu.
-
-    Raises:
-        UsageError: no saved tensor has an option of that label.
     """
     labels = {spec.name: [option.label for option in spec.options] for spec in manifest.saved}
     wanted = label_of(codec_named(codec or manifest.codec.split("+")[0]))
-    if codec is not None and not any(wanted in known for known in labels.values()):
-        every = dict.fromkeys(label for known in labels.values() for label in known)
-        raise UsageError(f"the bundle keeps no tensor as '{codec}'; choose one of: {choices(every)}")
     return {
         name: next((label for label in (wanted, LOSSLESS) if label in known), known[0])
         for name, known in labels.items()

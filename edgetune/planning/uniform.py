@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edgetune.bundle import Manifest
+from edgetune.bundle import Manifest, OptionSpec
 from edgetune.errors import UsageError
 from edgetune.planning.candidates import Candidate, Workbench
 from edgetune.planning.rates import ranked
-from edgetune.planning.selection import default_selection
+from edgetune.planning.selection import check_codec, default_selection
 from edgetune.planning.spectra import COUNT
 
 
@@ -26,12 +26,18 @@ class Uniform:
     epsilon: float | None = None
     rate: float | None = None
 
-    def find(self, bench: Workbench) -> tuple[Candidate, None] | None:
-        """Return the candidate with the largest ε that fits, if one does.
+    def check(self, manifest: Manifest) -> None:
+        """Raise UsageError if no tensor of a whole bundle has an option ``codec``, or none of those options counts
+        although there is a ``rate``."""
+        if self.codec is not None:
+            check_codec(manifest, self.codec)
+        options = self._options(manifest)
+        if self.rate is not None and not any(mode.source == COUNT for option in options for mode in option.modes):
+            label = self.codec or manifest.codec
+            raise UsageError(f"a rate is for codecs that count elements; '{label}' has none")
 
-        Raises:
-            UsageError: no tensor has an option ``codec``, or none of its options counts although there is a ``rate``.
-        """
+    def find(self, bench: Workbench) -> tuple[Candidate, None] | None:
+        """Return the candidate with the largest ε that fits, if one does."""
         values = self._values(bench)
         chosen = last_that(lambda index: self._at(bench, values[index]).fits(), len(values))
         return None if chosen is None else (self._at(bench, values[chosen]), None)
@@ -61,14 +67,14 @@ class Uniform:
         return ", the least ranks", ""
 
     def _values(self, bench: Workbench) -> Sequence[float | None]:
-        selection = default_selection(bench.manifest, self.codec)
-        options = [spec.option(selection[spec.name]) for spec in bench.manifest.saved]
-        if self.rate is not None and not any(mode.source == COUNT for option in options for mode in option.modes):
-            label = self.codec or bench.manifest.codec
-            raise UsageError(f"a rate is for codecs that count elements; '{label}' has none")
-        if any(ranked(option) for option in options) and bench.calibration is not None and self.rate is None:
+        truncates = any(ranked(option) for option in self._options(bench.manifest))
+        if truncates and bench.calibration is not None and self.rate is None:
             return [self.epsilon] if self.epsilon is not None else bench.breakpoints()
         return [None]
+
+    def _options(self, manifest: Manifest) -> list[OptionSpec]:
+        selection = default_selection(manifest, self.codec)
+        return [spec.option(selection[spec.name]) for spec in manifest.saved]
 
     def _at(self, bench: Workbench, value: float | None) -> Candidate:
         return bench.uniform(self.codec, value, self.rate)

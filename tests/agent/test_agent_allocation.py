@@ -18,7 +18,7 @@ from edgetune.engines.gradient_error import Batch
 from edgetune.errors import BudgetError, UsageError
 from edgetune.planning.calibration import Calibration, Spectrum
 from edgetune.planning.candidates import Limits
-from edgetune.planning.plan import Plan
+from edgetune.planning.plan import Plan, make_plan
 from edgetune.planning.rates import comparable
 from edgetune.planning.selection import described
 from tests.agent.fakes import RUNTIME_BYTES, FakeMeter
@@ -53,6 +53,25 @@ def test_a_codec_that_is_asked_for_keeps_all() -> None:
     assert set(plan.selection.values()) == {"int8"} and plan.allocation == "uniform"
     with pytest.raises(UsageError, match="choose one of"):
         budgeter(None, allocation="uniform", codec="haar")
+
+
+def test_before_codecs_are_compared_a_lossy_one_comes_before_fewer_layers() -> None:
+    least = least_bytes()
+    for budget in (least, tight(), least_bytes(allocation="uniform", codec="dense") - 1):
+        assert budgeter(budget, trained=None).plan.trained == len(SHAPES)
+    assert least_bytes(trained=None) < least
+    assert budgeter(least - 1, trained=None).plan.trained < len(SHAPES)
+
+
+def test_a_codec_is_known_though_no_layer_is_trained_that_it_could_serve() -> None:
+    head = dataclasses.replace(MANIFEST.layers[-1], role="head")
+    saved = [*MANIFEST.saved[:-1], dataclasses.replace(MANIFEST.saved[-1], options=MANIFEST.saved[-1].options[-1:])]
+    manifest = dataclasses.replace(MANIFEST, layers=(*MANIFEST.layers[:-1], head), saved=tuple(saved))
+    assert [option.label for option in manifest.saved[-1].options] == ["dense"]
+    with pytest.raises(BudgetError, match="the last 0 of 4 layers trained"):
+        make_plan(manifest, batch=BATCH, calibration=None, codec="hosvd", budget_bytes=1, runtime_bytes=0)
+    with pytest.raises(UsageError, match="keeps no tensor as 'haar'; choose one of: dct, dense, hosvd, int8"):
+        make_plan(manifest, batch=BATCH, calibration=None, codec="haar", runtime_bytes=0)
 
 
 def test_what_excludes_each_other_is_refused_at_once() -> None:

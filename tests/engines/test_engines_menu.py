@@ -20,7 +20,7 @@ from edgetune.export.bundling import ExportOptions, export_bundle
 from edgetune.export.source import signatures_of
 from edgetune.planning.memory import peak
 from edgetune.planning.plan import Plan, make_plan
-from edgetune.planning.selection import choose, default_selection, settle
+from edgetune.planning.selection import check_codec, choose, default_selection, settle
 from edgetune.planning.sizes import nbytes
 from edgetune.planning.spectra import identity_calibration, ranks_at
 from tests.autodiff.parity import relative_error
@@ -145,7 +145,7 @@ def test_a_selection_must_name_every_tensor_and_an_option_of_it() -> None:
     with pytest.raises(UsageError, match=f"lacks '{first}'"):
         settle(manifest, {name: label for name, label in selection.items() if name != first})
     with pytest.raises(UsageError, match="no codec 'zip'"):
-        default_selection(manifest, "zip")
+        check_codec(manifest, "zip")
 
 
 def test_lifetimes_are_those_of_a_bundle_that_has_this_codec_alone(tmp_path: Path) -> None:
