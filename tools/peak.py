@@ -64,13 +64,14 @@ def measure(folder: Path) -> None:
     import dataclasses
 
     import edgetune
-    from edgetune.agent.baseline import runtime_bytes as remembered
+    from edgetune.agent import baseline
     from edgetune.planning.plan import Plan, predict
     from edgetune.planning.spectra import Calibration
     from edgetune.telemetry.process import PeakMeter, resident_bytes
 
     bundle = edgetune.open_bundle(folder / "bundle")
-    runtime_bytes = remembered(bundle)
+    runtime_bytes = baseline.runtime_bytes(bundle)
+    baseline.load_agent(bundle.manifest)  # the figure is that of an agent's process
     plan = Plan.from_json((folder / "plan.json").read_text())
     plan = dataclasses.replace(plan, calibration=Calibration.load(folder / "calibration.safetensors"))
     prediction = predict(
