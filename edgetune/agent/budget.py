@@ -49,6 +49,21 @@ class PlanRequest:
     cache_bytes: int | None = None
 
 
+@dataclass(frozen=True)
+class Held:
+    """A plan with the limit and the reserve for which it was made, and whether a given ε had to yield to them."""
+
+    plan: Plan
+    limit_bytes: int | None
+    reserve_bytes: int
+    yielded: bool
+
+    @property
+    def need_bytes(self) -> int:
+        """What it takes at its peak, and what is to stay free of a budget."""
+        return self.plan.predicted_peak_bytes + self.reserve_bytes
+
+
 class Budgeter:
     """Holds the plan in force.
 
@@ -109,6 +124,16 @@ class Budgeter:
         most = max(self._first_reserve_bytes, self._reserve_bytes)
         reserves = sorted({most, most // 2, min(self._reserve_bytes, most // 2)}, reverse=True)
         return [(yielded, reserve_bytes) for reserve_bytes in reserves for yielded in given]
+
+    def held(self) -> Held:
+        """Return the plan in force and what it was made for, to which :meth:`go_back` leads."""
+        return Held(self.plan, self.limit_bytes, self._reserve_bytes, self._yielded)
+
+    def go_back(self, held: Held) -> Plan:
+        """Put an earlier plan into force again, as it was."""
+        self.plan, self.limit_bytes = held.plan, held.limit_bytes
+        self._reserve_bytes, self._yielded = held.reserve_bytes, held.yielded
+        return self.plan
 
     def ask(self, budget_bytes: int | None) -> None:
         """Note what the user asks for now; :meth:`within` plans for it."""
@@ -187,7 +212,7 @@ class Budgeter:
 
         With a given epsilon that no longer fits the budget, the budget wins: the largest epsilon that fits is taken.
         """
-        correction = measured_bytes - self._step_peak_bytes()
+        correction, old = measured_bytes - self._step_peak_bytes(), self.plan
         if self.corrected and self.limit_bytes is not None:
             # The reserve was not enough; what exceeded it may come again.
             self._reserve_bytes += max(0, measured_bytes - self.limit_bytes)
@@ -204,6 +229,9 @@ class Budgeter:
                 raise
             self._reserve_bytes = 0  # nothing takes less, and the budget is kept without it
             self.plan = self._make(self.plan.calibration, correction, self._epsilon())
+        if correction < 0 and (self.plan.trained, self.plan.tail_micro_batch) != (old.trained, old.tail_micro_batch):
+            # That a step took less than predicted says nothing of one with other layers, or in other pieces.
+            self.plan = self._make(self.plan.calibration, 0, self._epsilon())
         return self.plan
 
     def limits(self, samples: int, held_bytes: int, resident_bytes: int | None) -> Limits:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from edgetune.agent.allowance import Allowance, AllowanceReader
-from edgetune.agent.budget import Budgeter, release_memory
+from edgetune.agent.budget import Budgeter, Held, release_memory
 from edgetune.agent.deaths import Deaths
 from edgetune.agent.governor import Action, Condition, Governor, Reading, margin
 from edgetune.agent.journal import Journal
@@ -61,6 +61,7 @@ class Enforcer:
         self._whole_bytes = budgeter.need_bytes
         self.allowance = reader.read()
         self._measured_bytes = 0
+        self._held: Held | None = None
         self._carefully: int | None = None
         self._wait_seconds, self._wait_until = FIRST_WAIT_SECONDS, 0.0
 
@@ -105,6 +106,8 @@ class Enforcer:
             BudgetError: the user's budget can never hold, and nobody is there to change it.
         """
         self._measured_bytes, old = peak_bytes if resettable else 0, self.budgeter.plan
+        if resettable and peak_bytes <= self.allowance.limit:
+            self._held = self.budgeter.held()
         overrun = self.budgeter.overrun(peak_bytes, resettable=resettable)
         if not overrun and self.budgeter.corrected:
             return
@@ -114,7 +117,16 @@ class Enforcer:
             if resettable and peak_bytes <= self.allowance.limit:
                 self.budgeter.limit_bytes = self.allowance.limit  # nothing takes less, and there is room for it
                 return
-            self._refuse(error, f"measured {format_bytes(peak_bytes)}", measured_peak_bytes=peak_bytes)
+            held, told = self._held, f"measured {format_bytes(peak_bytes)}"
+            if held is not None and held.plan != old and held.need_bytes <= self.allowance.limit:
+                # What this plan took beyond its prediction need not be what that one takes: it was seen to fit.
+                plan = self.budgeter.go_back(held)
+                self._put(
+                    old, plan, "degrade", f"{told}; back to what was measured within it", measured_peak_bytes=peak_bytes
+                )
+                release_memory()
+                return
+            self._refuse(error, told, measured_peak_bytes=peak_bytes)
             return
         self._measured_bytes = 0  # of a plan that is not in force any more
         if overrun:

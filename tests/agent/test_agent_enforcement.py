@@ -6,14 +6,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from edgetune.agent import enforcement
-from edgetune.agent.allowance import write_budget
+from edgetune.agent.allowance import Allowance, write_budget
 from edgetune.agent.budget import Budgeter, PlanRequest
+from edgetune.agent.deaths import Deaths
+from edgetune.agent.enforcement import Enforcer
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Ledger
 from edgetune.agent.loop import Outcome, run_agent
@@ -21,7 +24,7 @@ from edgetune.agent.summary import status
 from edgetune.agent.view import QuietView
 from edgetune.bundle import Array, Bundle
 from edgetune.errors import BudgetError, MemoryExhaustedError
-from edgetune.planning.plan import make_plan
+from edgetune.planning.plan import Plan, make_plan
 from edgetune.telemetry import runlog
 from edgetune.telemetry.available import Available
 from edgetune.units import MIB
@@ -118,6 +121,29 @@ def test_a_lower_plan_counts_what_the_one_before_took_beyond_its_prediction(bund
     assert lower.correction_bytes == old.correction_bytes + 1000
     assert lower.predicted_peak_bytes <= old.predicted_peak_bytes and lower.saved_bytes < old.saved_bytes
     assert budgeter.within(None, 1).correction_bytes == lower.correction_bytes, "less than predicted proves nothing"
+
+
+def test_what_was_measured_within_the_budget_is_gone_back_to(bundle: Bundle) -> None:
+    least, full = least_and_full(bundle)
+    budget = (least + full) // 2
+    budgeter = Budgeter(bundle.manifest, PlanRequest(BATCH, budget, None, None), RUNTIME_BYTES)
+    reader = SimpleNamespace(read=lambda: Allowance(budget, 0, 1 << 50, "the board", 0))
+    used: list[str] = []
+
+    def use(plan: Plan, event: str, reason: str, **fields: Any) -> None:
+        used.append(event)
+
+    enforcer = Enforcer(
+        budgeter, cast(Any, reader), cast(Any, SimpleNamespace()), use=use, save=lambda: None,
+        refusing=True, deaths=Deaths(), step=lambda: 0,
+    )  # fmt: skip
+    first = budgeter.plan
+    enforcer.measured(first.predicted_peak_bytes - 500, resettable=True)
+    assert budgeter.plan.saved_bytes > first.saved_bytes, "it took less than predicted, so a better one is tried"
+    enforcer.measured(budget + full, resettable=True)  # by what that took too much, no plan fits any more
+    assert budgeter.plan == first and used == ["planned", "degrade"]
+    with pytest.raises(BudgetError):
+        enforcer.measured(budget + full, resettable=True)  # it was this one that took too much
 
 
 def test_nothing_fits_for_a_while(tmp_path: Path, bundle: Bundle, data: Path) -> None:
