@@ -17,6 +17,7 @@ from edgetune.bundle import Manifest
 from edgetune.engines import heap
 from edgetune.errors import BudgetError
 from edgetune.planning.candidates import Limits
+from edgetune.planning.curve import ITERATION
 from edgetune.planning.knobs import layers_before_head
 from edgetune.planning.plan import Plan, make_plan
 from edgetune.planning.prediction import predict
@@ -30,7 +31,6 @@ PER_LAYER = "per-layer"
 
 ALWAYS_THERE = ("runtime", "weights", "parameters", "optimizer", "bases")
 """The lines of a plan's ledger that are resident in every phase."""
-STEP_GRAPHS = ("trunk", "train", "accumulate", "update")
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ class Budgeter:
             batch=plan.batch, micro_batch=plan.micro_batch, ranks=plan.ranks, runtime_bytes=self.runtime_bytes,
             tail_micro_batch=plan.tail_micro_batch, cache_bytes=plan.cache_bytes,
         )  # fmt: skip
-        most = max((prediction.peaks[name].bytes for name in STEP_GRAPHS if name in prediction.peaks), default=0)
+        most = max((prediction.peaks[name].bytes for name in ITERATION if name in prediction.peaks), default=0)
         return sum(prediction.ledger[line] for line in ALWAYS_THERE) + most
 
     def _epsilon(self) -> float | None:

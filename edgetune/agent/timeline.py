@@ -10,12 +10,10 @@ from typing import Any
 
 from edgetune.agent.parts import Meter
 from edgetune.bundle import Manifest
+from edgetune.planning.curve import ITERATION
 from edgetune.planning.plan import Plan, reserve_bytes_of
 from edgetune.planning.prediction import predict
 from edgetune.planning.rebase import settled_for
-
-STEP_PHASES = ("trunk", "train", "accumulate", "update")
-"""The phases of a step, in their order; each is the run of one graph (accumulate: of a step in pieces)."""
 
 
 def corrected_bytes(measured_bytes: int, engine: str) -> int:
@@ -62,7 +60,7 @@ def timeline_fields(
 ) -> dict[str, Any]:
     """Return the fields of the event ``timeline`` of a run log.
 
-    ``fixed_bytes`` are resident in every phase; ``phases`` maps those of ``STEP_PHASES`` to what is predicted for the
+    ``fixed_bytes`` are resident in every phase; ``phases`` maps those of ``ITERATION`` to what is predicted for the
     whole process (``predicted_bytes``, the plan's correction included), to how much of that is saved and how much comes
     and goes (``saved_bytes``, ``transient_bytes``; features, gradients and workspace count to the latter), to the node
     at which it is most, and to ``measured_bytes``, None where the phase was not measured.
@@ -78,7 +76,7 @@ def timeline_fields(
     )  # fmt: skip
     fixed = made.peak_bytes - plan.correction_bytes - max((peak.bytes for peak in made.peaks.values()), default=0)
     phases: dict[str, Any] = {}
-    for name in STEP_PHASES:
+    for name in ITERATION:
         if name not in made.peaks:
             continue
         peak = made.peaks[name]

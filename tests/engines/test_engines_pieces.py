@@ -21,6 +21,7 @@ from edgetune.errors import DataError, EngineError, UsageError
 from edgetune.planning.plan import Plan, make_plan
 from tests.engines import workshop
 from tests.engines.workshop import bundle_of, same_bits, samples
+from tests.export.small_models import Traced
 
 BATCH, PIECE = 12, 5  # 5, 5 and 2
 IGNORED, WEIGHTS = 9, (0.5, 2.0, 0.0)
@@ -177,17 +178,6 @@ def test_what_mixes_the_samples_of_a_batch_is_trained_whole(tmp_path: Path) -> N
         make_plan(bundle.manifest, batch=8, calibration=None, runtime_bytes=0, tail_micro_batch=4)
     with pytest.raises(UsageError, match="cannot be trained in pieces"):
         in_pieces(bundle, dense_plan(bundle), 4)
-
-
-class Traced(nn.Module):
-    """A loss of the user's own."""
-
-    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.function(outputs, targets)
 
 
 def focal(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ from edgetune.bundle import Array
 from edgetune.errors import ExportError
 from tests.export.small_models import (
     BATCH,
+    Traced,
     assert_equal_gradients,
     drawn,
     seeded,
@@ -128,17 +129,6 @@ def test_what_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(ExportError, match=message):
         edgetune.export(Calls(forward, layer=nn.Linear(5, 3)), torch.zeros(2, 5), tmp_path / "b", last=0, **options)
     assert list(tmp_path.iterdir()) == []
-
-
-class Traced(nn.Module):
-    """A loss as a function."""
-
-    def __init__(self, function: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return self.function(outputs, targets)
 
 
 @pytest.mark.parametrize(
