@@ -55,7 +55,7 @@ TABLE = {
     "doctor": Room(_words("errors units telemetry"), lazy_libraries=_words("numpy onnxruntime")),
     "agent": Room(
         _words("bundle planning engines telemetry codecs errors units"),
-        _words("numpy PIL watchfiles rich safetensors"),
+        _words("numpy PIL watchfiles rich safetensors tomli"),
     ),
     "commands": Room(
         _ALL - _words("export autodiff"),

@@ -7,6 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edgetune.agent.drift.config import DriftConfig
+from edgetune.agent.gate.config import GateConfig
+from edgetune.agent.intake_config import IntakeConfig
+from edgetune.agent.replay.config import ReplayConfig
+from edgetune.agent.service.config import ServiceConfig
 from edgetune.errors import UsageError, choices
 from edgetune.planning.plan import ALLOCATIONS
 
@@ -19,32 +24,42 @@ class AgentConfig:
     """The settings of one run.
 
     Attributes:
-        data: the folder with the samples. state: the agent's own directory.
-        budget_bytes: what the whole process may take; None = no limit.
-        activation_budget_bytes: bytes saved for the backward pass; None = no limit.
-        reserve_bytes: what is left to others of the memory that there is; None = 1/16 of it, at most 256 MiB.
-        engine: name of the engine, ``auto`` to choose.
-        memory: ``lean``, or ``fast``: the engine may take more than planned where that saves time.
-        batch, seed: None = those that the state directory was made with, else the defaults.
-        epsilon: energy kept per mode; None = the largest that fits the budget.
-        allocation: ``uniform``, or ``per-layer``: a codec and an ε for each saved tensor.
-        codec: label of the one that keeps all in a uniform allocation; None = the first of the bundle's menu.
-        micro_batch, tail_micro_batch, trained, cache_bytes: knobs of the plan that the user sets; None = the planner
-            chooses (``planning.plan.Plan`` says what they are).
-        max_steps: train until this step number of the state directory (resumed steps count); None = no limit.
+        data: the folder with the samples, or another source.
+        state: the agent's own directory.
+        budget_bytes: what the whole process may take; none = no limit.
+        activation_budget_bytes: bytes saved for the backward pass; none = no limit.
+        reserve_bytes: what is left to others of the memory that there is; none = 1/16 of it, at most 256 MiB.
+        engine: auto, onnxruntime or torch.
+        memory: lean = the planned peak; fast = the engine may take more than planned where that saves time.
+        batch: samples per step; none = as the state directory was made with, else 32.
+        epsilon: energy kept per mode, in (0, 1]; none = the largest that fits the budget.
+        allocation: uniform = one codec and one ε; per-layer = a codec and an ε for each saved tensor.
+        codec: label of the one that keeps all in a uniform allocation; none = the first of the bundle's menu.
+        micro_batch: samples per run of the trunk; none = the planner chooses.
+        tail_micro_batch: samples per run of the train graph; none = the planner chooses.
+        trained: how many of the exported layers are trained; none = the planner chooses.
+        cache_bytes: memory in which features are kept from pass to pass; none = the planner chooses.
+        max_steps: train until this step number of the state directory (resumed steps count); none = no limit.
         epochs: passes over every sample.
-        once: take what is there, train and stop; otherwise watch the folder.
+        once: take what is there, train and stop; otherwise watch the source.
         holdout: every k-th new sample per class is held out; 0 = none.
         checkpoint_every: steps between two checkpoints.
-        hyper: hyper-parameters of the optimizer that differ from the bundle's.
+        seed: of order, augmentation and choice; none = as the state directory was made with, else 0.
         quiet: print nothing but errors.
         calibration_batches: batches whose Gram matrices are summed before training begins.
         settle_seconds: a file that cannot be decoded is retried until it has not changed for this long.
-        pause_seconds: how often a run that waits for memory looks again.
-        rescan_seconds: the folder is listed again at least this often, whether or not a change was reported.
+        rescan_seconds: the source is listed again at least this often, whether or not a change was reported.
+        pause_seconds: how often a run that waits looks again.
+        remember: rows of finished samples that are gone from the source are forgotten beyond so many.
+        hyper: hyper-parameters of the optimizer that differ from the bundle's.
+        intake: order, augmentation, and streams.
+        replay: samples of before in the batches of today.
+        gate: which model is promoted.
+        drift: what happens when the world changes, or does not.
+        service: when training yields to others; metrics.
     """
 
-    data: Path
+    data: str | Path
     state: Path
     budget_bytes: int | None = None
     activation_budget_bytes: int | None = None
@@ -64,13 +79,19 @@ class AgentConfig:
     once: bool = False
     holdout: int = 5
     checkpoint_every: int = 20
-    hyper: Mapping[str, float] = field(default_factory=dict)
     seed: int | None = None
     quiet: bool = False
     calibration_batches: int = 2
     settle_seconds: float = 1.0
     rescan_seconds: float = 5.0
     pause_seconds: float = 0.5
+    remember: int = 200_000
+    hyper: Mapping[str, float] = field(default_factory=dict)
+    intake: IntakeConfig = field(default_factory=IntakeConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    gate: GateConfig = field(default_factory=GateConfig)
+    drift: DriftConfig = field(default_factory=DriftConfig)
+    service: ServiceConfig = field(default_factory=ServiceConfig)
 
     def check(self, known_scalars: Mapping[str, float]) -> None:
         """Refuse impossible settings, all of them in one message.
@@ -92,6 +113,12 @@ class AgentConfig:
             ("--holdout", self.holdout, 0),
             ("--checkpoint-every", self.checkpoint_every, 1),
             ("--seed", self.seed, 0),
+            ("--budget", self.budget_bytes, 1),
+            ("--activation-budget", self.activation_budget_bytes, 1),
+            ("--cache", self.cache_bytes, 0),
+            ("--reserve", self.reserve_bytes, 0),
+            ("calibration_batches", self.calibration_batches, 1),
+            ("remember", self.remember, 0),
         ):
             if value is not None and value < least:
                 wrong.append(f"{name} is {value}; it must be at least {least}")
@@ -112,5 +139,7 @@ class AgentConfig:
                 f"this bundle's optimizer has no {choices('--' + name.replace('_', '-') for name in unknown)}; "
                 f"it has: {choices('--' + name.replace('_', '-') for name in known_scalars)}"
             )
+        for section in (self.intake, self.replay, self.gate, self.drift, self.service):
+            wrong += section.check()
         if wrong:
             raise UsageError("; ".join(wrong))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 from edgetune.agent.beginning import begin, resume
 from edgetune.agent.checkpoint import Checkpoint
@@ -59,7 +60,7 @@ def run_agent(bundle: Bundle, config: AgentConfig, *, parts: Parts | None = None
     manifest = bundle.manifest
     config.check(manifest.optimizer.scalars)
     decoder = Decoder(manifest)
-    source = FolderSource(config.data, manifest.classes, decoder.suffixes)
+    source = FolderSource(Path(config.data), manifest.classes, decoder.suffixes)
     with ExitStack() as stack:
         made_with = {"digest": bundle.digest, "model": manifest.model}
         state = StateDirectory(config.state, **made_with, batch=config.batch, seed=config.seed)

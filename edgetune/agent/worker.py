@@ -7,33 +7,29 @@ that of the command line. Whatever ends this process is nobody's loss: the next 
 from __future__ import annotations
 
 import ctypes
-import dataclasses
 import json
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any
 
 from edgetune.agent.config import AgentConfig
+from edgetune.agent.settings import configured, plain
 from edgetune.errors import EdgeTuneError
 
 _PR_SET_PDEATHSIG = 1  # man 2 prctl
-_PATHS = ("data", "state")
 
 
 def command(bundle: Path, config: AgentConfig) -> list[str]:
     """Return the command line that runs the agent with ``config`` on ``bundle`` in a process of its own."""
-    settings: dict[str, Any] = dataclasses.asdict(config)
-    told = {"bundle": bundle, "config": {**settings, "hyper": dict(config.hyper)}}
-    return [sys.executable, "-m", "edgetune.agent.worker", json.dumps(told, default=str)]
+    told = {"bundle": str(bundle), "config": plain(config)}
+    return [sys.executable, "-m", "edgetune.agent.worker", json.dumps(told)]
 
 
 def settings(text: str) -> tuple[Path, AgentConfig]:
     """Return the bundle's path and the config that :func:`command` was given."""
     told = json.loads(text)
-    fields: dict[str, Any] = told["config"]
-    return Path(told["bundle"]), AgentConfig(**{**fields, **{name: Path(fields[name]) for name in _PATHS}})
+    return Path(told["bundle"]), configured(told["config"])
 
 
 def stop_with_the_supervisor() -> None:

@@ -7,6 +7,7 @@ import sys
 import typer
 
 from edgetune.commands.budget import budget
+from edgetune.commands.config import config
 from edgetune.commands.demo import demo
 from edgetune.commands.doctor import doctor
 from edgetune.commands.export import export
@@ -18,7 +19,7 @@ from edgetune.commands.status import status
 from edgetune.errors import EdgeTuneError
 from edgetune.version import __version__
 
-COMMANDS = (export, inspect, plan, run, budget, status, report, doctor, demo)
+COMMANDS = (export, inspect, plan, config, run, budget, status, report, doctor, demo)
 
 app = typer.Typer(
     name="edgetune",

@@ -104,14 +104,14 @@ def test_the_options_of_run_reach_the_agent(app: typer.Typer, tmp_path: Path, mo
     opened, config = seen[0]
     assert opened.digest == bundle.digest
     assert config == AgentConfig(
-        data=Path("d"), state=Path("s"), budget_bytes=64 * 2**20, activation_budget_bytes=10**6, engine="onnxruntime",
+        data="d", state=Path("s"), budget_bytes=64 * 2**20, activation_budget_bytes=10**6, engine="onnxruntime",
         reserve_bytes=8 * 2**20, micro_batch=2, tail_micro_batch=4, trained=1, cache_bytes=0,
         batch=8, epsilon=0.75, max_steps=9, epochs=3, once=True, holdout=4, checkpoint_every=7,
         hyper={"learning_rate": 0.5, "momentum": 0.0}, seed=3, quiet=True,
     )  # fmt: skip
     plain = ["run", str(bundle.path), "--data", "d", "--state", "s"]
     assert CliRunner().invoke(app, [*plain, "--no-supervise"]).exit_code == 0
-    assert seen[1][1] == AgentConfig(data=Path("d"), state=Path("s"))  # the defaults are those of the config
+    assert seen[1][1] == AgentConfig(data="d", state=Path("s"))  # the defaults are those of the config
 
 
 def test_run_becomes_the_supervisor_of_a_worker_with_the_same_options(
@@ -127,7 +127,7 @@ def test_run_becomes_the_supervisor_of_a_worker_with_the_same_options(
     (line,) = became
     split = line.index("--")
     assert line[1] == "-I" and Path(line[2]).name == "supervisor.py" and line[3:split] == ["s"]
-    given = AgentConfig(data=Path("d"), state=Path("s"), epsilon=0.9, hyper={"learning_rate": 0.5})
+    given = AgentConfig(data="d", state=Path("s"), epsilon=0.9, hyper={"learning_rate": 0.5})
     assert worker.settings(line[-1]) == (bundle.path, given)
     assert os.environ["PYTHONPATH"].endswith(":elsewhere")
     # what no worker could do is said at once, by the command itself

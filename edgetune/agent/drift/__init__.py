@@ -1,0 +1,1 @@
+"""Drift: notices that the world has changed, and when nothing changes at all."""
