@@ -19,7 +19,7 @@ from edgetune.agent.cache import FeatureCache
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Sample
 from edgetune.agent.parts import Meter, Session
-from edgetune.agent.sources import FolderSource
+from edgetune.agent.sources import Source
 from edgetune.bundle import Array
 from edgetune.errors import DataError
 
@@ -46,7 +46,7 @@ class Fed:
 class Feeder:
     """Reads samples and turns them into features."""
 
-    def __init__(self, source: FolderSource, decoder: Decoder, cache: FeatureCache | None = None) -> None:
+    def __init__(self, source: Source, decoder: Decoder, cache: FeatureCache | None = None) -> None:
         self.source, self.decoder, self.cache = source, decoder, cache
         self.decode_peak_bytes, self.decode_peak_path = 0, ""
         self._meter: Meter | None = None
@@ -215,9 +215,9 @@ class Feeder:
                 waiting.append(sample)
                 found.append(sample)
             except DataError as error:
-                if not self.source.root.is_dir():
+                if (absent := self.source.absent()) is not None:
                     # Every sample would be "missing"; none of them is at fault.
-                    raise DataError(f"the data folder '{self.source.root}' is gone; mount it and run again") from None
+                    raise DataError(f"{absent}; mount it and run again") from None
                 fed.bad.append((sample, str(error)))
         if self._meter is not None:
             if waiting and (peak_bytes := self._meter.peak_bytes()) > self.decode_peak_bytes:

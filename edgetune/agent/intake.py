@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Ledger, Sample
-from edgetune.agent.sources import FolderSource, Found
+from edgetune.agent.sources import Found, Source
 from edgetune.errors import DataError
 
 _ROWS_PER_COMMIT = 256
@@ -41,7 +41,7 @@ class Intake:
     """
 
     def __init__(
-        self, source: FolderSource, decoder: Decoder, ledger: Ledger, *, holdout: int, settle_seconds: float
+        self, source: Source, decoder: Decoder, ledger: Ledger, *, holdout: int, settle_seconds: float
     ) -> None:
         self.source, self.decoder, self.ledger = source, decoder, ledger
         self.holdout = holdout

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from edgetune.agent.beginning import begin, resume
 from edgetune.agent.checkpoint import Checkpoint
@@ -23,7 +22,7 @@ from edgetune.agent.ledger import Ledger
 from edgetune.agent.parts import Parts, real_parts
 from edgetune.agent.rehearsal import rehearse
 from edgetune.agent.signals import stopping_on_signals
-from edgetune.agent.sources import FolderSource
+from edgetune.agent.sources import open_source
 from edgetune.agent.state import StateDirectory
 from edgetune.agent.step import train_step
 from edgetune.agent.supply import Supply
@@ -60,8 +59,9 @@ def run_agent(bundle: Bundle, config: AgentConfig, *, parts: Parts | None = None
     manifest = bundle.manifest
     config.check(manifest.optimizer.scalars)
     decoder = Decoder(manifest)
-    source = FolderSource(Path(config.data), manifest.classes, decoder.suffixes)
+    source = open_source(config.data, manifest.classes, decoder.suffixes)
     with ExitStack() as stack:
+        stack.callback(source.close)
         made_with = {"digest": bundle.digest, "model": manifest.model}
         state = StateDirectory(config.state, **made_with, batch=config.batch, seed=config.seed)
         stack.callback(state.close)

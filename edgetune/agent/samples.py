@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from edgetune.agent.images import Decoder
-from edgetune.agent.sources import FolderSource
+from edgetune.agent.sources import open_source
 from edgetune.bundle import Array, Manifest
 from edgetune.errors import DataError
 
@@ -23,7 +23,7 @@ def labelled_batches(manifest: Manifest, folder: Path, batch: int, count: int) -
         DataError: the folder holds no readable sample.
     """
     decoder = Decoder(manifest)
-    source = FolderSource(folder, manifest.classes, decoder.suffixes)
+    source = open_source(folder, manifest.classes, decoder.suffixes)
     found = [entry for entry in source.scan() if entry.label is not None and entry.problem is None]
     # Evenly spread, so that a folder sorted by class gives every class.
     order = np.argsort(np.arange(len(found)) * 0.6180339887498949 % 1.0, kind="stable")

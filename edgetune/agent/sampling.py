@@ -26,7 +26,7 @@ from edgetune.agent.budget import release_memory
 from edgetune.agent.feeder import Feeder
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Sample
-from edgetune.agent.sources import FolderSource
+from edgetune.agent.sources import Source, open_source
 from edgetune.agent.timeline import PhasePeaks
 from edgetune.bundle import Bundle
 from edgetune.engines.session import TrainingSession
@@ -117,7 +117,7 @@ def _step(bundle: Bundle, plan: Plan, data: Path, engine: str) -> SampledStep:
     manifest = bundle.manifest
     load_agent(manifest)
     decoder = Decoder(manifest)
-    feeder = Feeder(FolderSource(data, manifest.classes, decoder.suffixes), decoder)
+    feeder = Feeder(open_source(data, manifest.classes, decoder.suffixes), decoder)
     session = TrainingSession(bundle, plan, engine=engine)
     meter, ends = PeakMeter(), dict[str, float]()
     peaks = PhasePeaks(meter)
@@ -149,7 +149,7 @@ def _step(bundle: Bundle, plan: Plan, data: Path, engine: str) -> SampledStep:
     )
 
 
-def _rows(source: FolderSource) -> Iterator[Sample]:
+def _rows(source: Source) -> Iterator[Sample]:
     """Yield the samples of a folder as a ledger would hold them."""
     for entry in source.scan():
         if entry.label is None or entry.problem is not None:

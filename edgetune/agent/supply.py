@@ -13,7 +13,6 @@ from edgetune.agent.intake import Intake, Taken
 from edgetune.agent.journal import Journal
 from edgetune.agent.ledger import Ledger, Sample
 from edgetune.agent.order import Pool
-from edgetune.agent.sources import Watcher
 from edgetune.errors import DataError, StorageError
 
 _MOST_REPORTED = 50
@@ -40,8 +39,7 @@ class Supply:
         self.config, self.intake, self.ledger, self.journal = config, intake, ledger, journal
         self.batch, self.seed, self.stopping = batch, seed, stopping
         # Before the first look, so that nothing that arrives in between goes unseen.
-        root = intake.source.root
-        self._watcher = None if config.once else Watcher(root, rescan_seconds=config.rescan_seconds)
+        self._waiter = None if config.once else intake.source.waiter(config.rescan_seconds)
         self._look_failed = False
         self._unsettled = 0
         self._told_waiting = False
@@ -121,13 +119,13 @@ class Supply:
 
     def wait(self) -> None:
         """Wait for a change in the folder (or a while), then look."""
-        assert self._watcher is not None
+        assert self._waiter is not None
         if not self._told_waiting:
             self._told_waiting = True
             needed = self.batch - len(self.pool)
             self.journal.event("waiting", f"waiting for {needed} more samples", samples=needed)
         timeout_seconds = self.config.settle_seconds / 2 if self._unsettled else self.config.rescan_seconds
-        self._watcher.wait(timeout_seconds, self.stopping)
+        self._waiter.wait(timeout_seconds, self.stopping)
         if not self.stopping():
             self.look()
         if self.ready():
@@ -149,7 +147,7 @@ class Supply:
         counts = self.ledger.counts()
         convention = "put images into folder/<label>/ or list them in folder/metadata.jsonl"
         if not any(counts.values()):
-            return DataError(f"the data folder '{self.intake.source.root}' holds no samples: {convention}")
+            return DataError(f"the data folder '{self.intake.source.spec}' holds no samples: {convention}")
         text = f"nothing to train on: {counts['quarantined']} files are quarantined, {counts['heldout']} held out"
         first = next((row for row in self.ledger.samples() if row.status == "quarantined"), None)
         return DataError(text if first is None else f"{text}; the first: {first.path}: {first.reason}; {convention}")

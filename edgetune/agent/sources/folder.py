@@ -13,25 +13,15 @@ import json
 import os
 import stat
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from edgetune.agent.sources.base import MAX_FILE_BYTES, Found, Waiter, labelled, storable, valid_labels
 from edgetune.errors import DataError
 
 METADATA = "metadata.jsonl"
-MAX_FILE_BYTES = 64 * 2**20
 _UNFINISHED = (".tmp", ".part", ".partial", ".crdownload", "~")
-
-
-@dataclass(frozen=True)
-class Found:
-    """One entry of the folder. ``path`` is relative to it; ``problem`` says why it cannot be used at all."""
-
-    path: str
-    label: int | None
-    problem: str | None = None
 
 
 class FolderSource:
@@ -48,16 +38,14 @@ class FolderSource:
     def __init__(self, root: Path, classes: Sequence[str], suffixes: Collection[str]) -> None:
         if not root.is_dir():
             raise DataError(f"the data folder '{root}' does not exist; create it or give another --data")
-        self.root = root.resolve()
+        self.spec, self.root = str(root), root.resolve()
         self.classes = tuple(classes)
         self.suffixes = suffixes
 
     def scan(self) -> Iterator[Found]:
         """Yield all entries in a fixed order (by path; of ``metadata.jsonl``, by line)."""
         for found in self._metadata() if (self.root / METADATA).is_file() else self._folders():
-            # A name that is not UTF-8 comes with lone surrogates, which neither the ledger nor the log can hold.
-            storable = found.path.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in found.path)
-            yield found if storable else Found(ascii(found.path), None, "its name is not UTF-8; rename the file")
+            yield storable(found)
 
     def stat(self, path: str) -> tuple[int, int]:
         """Return (bytes, modification time in ns). Raises DataError like :meth:`read`."""
@@ -91,6 +79,18 @@ class FolderSource:
             except OSError as error:
                 raise DataError(f"cannot be read ({error.strerror or error})") from None
 
+    def recorded(self, paths: Iterable[str]) -> None:
+        """Do nothing: a file may be written again at any time."""
+
+    def absent(self) -> str | None:
+        return None if self.root.is_dir() else f"the data folder '{self.root}' is gone"
+
+    def waiter(self, rescan_seconds: float) -> Waiter:
+        return Watcher(self.root, rescan_seconds=rescan_seconds)
+
+    def close(self) -> None:
+        """Do nothing: no file stays open."""
+
     def _inside(self, path: str) -> Path:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts or "\0" in path:
@@ -112,9 +112,10 @@ class FolderSource:
                     continue
                 path = (inside / name).as_posix()
                 if not inside.parts:
-                    yield Found(path, None, f"no label: expected it in a folder named as its class ({self._valid()})")
+                    valid = valid_labels(self.classes)
+                    yield Found(path, None, f"no label: expected it in a folder named as its class ({valid})")
                     continue
-                yield self._labelled(path, inside.parts[0])
+                yield labelled(path, inside.parts[0], self.classes)
 
     def _metadata(self) -> Iterator[Found]:
         try:
@@ -139,19 +140,8 @@ class FolderSource:
             if pure.is_absolute() or ".." in pure.parts:
                 yield Found(name, None, "refused: its name leaves the data folder")
                 continue
-            yield self._labelled(pure.as_posix(), entry["label"])
-
-    def _labelled(self, path: str, label: Any) -> Found:
-        if isinstance(label, str) and label in self.classes:
-            return Found(path, self.classes.index(label))
-        if isinstance(label, int) and not isinstance(label, bool) and 0 <= label < len(self.classes):
-            return Found(path, label)
-        return Found(path, None, f"unknown label {label!r}; valid labels: {self._valid()}")
-
-    def _valid(self) -> str:
-        shown = ", ".join(self.classes[:20])
-        rest = len(self.classes) - 20
-        return f"{shown} and {rest} more" if rest > 0 else shown
+            task = entry.get("task")
+            yield labelled(pure.as_posix(), entry["label"], self.classes, task if isinstance(task, str) else None)
 
     def _candidate(self, name: str) -> bool:
         lower = name.lower()
