@@ -9,9 +9,9 @@ from pathlib import Path
 
 from edgetune.agent.drift.config import DriftConfig
 from edgetune.agent.gate.config import GateConfig
-from edgetune.agent.intake_config import IntakeConfig
 from edgetune.agent.replay.config import ReplayConfig
 from edgetune.agent.service.config import ServiceConfig
+from edgetune.agent.sources.config import IntakeConfig
 from edgetune.errors import UsageError, choices
 from edgetune.planning.plan import ALLOCATIONS
 
