@@ -1,8 +1,9 @@
 """The ledger: what became of every sample. SQLite in WAL mode with synchronous=FULL, so a commit survives power loss.
 
-A sample is ``new`` (to be trained), ``heldout``, ``trained`` or ``quarantined`` (with a reason). What training did to
-samples is kept in memory and written by :meth:`Ledger.flush` just before a checkpoint; :meth:`Ledger.rollback` takes
-back whatever the newest intact checkpoint does not contain. Knows nothing of images, models or checkpoints' contents.
+A sample is ``new`` (to be trained), ``heldout``, ``trained``, ``replayable`` (trained, and in the replay buffer) or
+``quarantined`` (with a reason). What training did to samples is kept in memory and written by :meth:`Ledger.flush` just
+before a checkpoint; :meth:`Ledger.rollback` takes back whatever the newest intact checkpoint does not contain. Knows
+nothing of images, models or checkpoints' contents.
 """
 
 from __future__ import annotations
@@ -14,29 +15,23 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgetune.agent.ledger_schema import (
+    COLUMNS,
+    STATUSES,
+    bring_up_to_date,
+    columns_of,
+    version_of,
+)
 from edgetune.agent.storage import guard
 from edgetune.errors import StateError
-
-SCHEMA_VERSION = 1
-STATUSES = ("new", "heldout", "trained", "quarantined")
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS samples (
-    id INTEGER PRIMARY KEY, path TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
-    label INTEGER, status TEXT NOT NULL CHECK (status IN ('new', 'heldout', 'trained', 'quarantined')),
-    step INTEGER, passes INTEGER NOT NULL DEFAULT 0, reason TEXT, seen_at REAL NOT NULL, changed_at REAL NOT NULL,
-    UNIQUE (path, sha256));
-CREATE INDEX IF NOT EXISTS samples_by_content ON samples (sha256);
-CREATE INDEX IF NOT EXISTS samples_by_status ON samples (status);
-CREATE TABLE IF NOT EXISTS visits (step INTEGER, sample INTEGER, previous_step INTEGER, PRIMARY KEY (step, sample));
-CREATE TABLE IF NOT EXISTS arrivals (label INTEGER PRIMARY KEY, count INTEGER NOT NULL);
-"""
-_COLUMNS = "id, path, sha256, size, mtime_ns, label, status, step, passes, reason"
 
 
 @dataclass(frozen=True)
 class Sample:
     """One row. ``path`` is relative to the data folder; ``label`` indexes the bundle's classes (None: unknown);
-    ``step`` is the last step that trained it (or in which it was quarantined); ``passes`` counts its trainings."""
+    ``step`` is the last step that trained it (or in which it was quarantined); ``passes`` counts its trainings,
+    ``replays`` how often it was trained again out of the replay buffer; ``task`` is what the source says it belongs to.
+    ``replayed``: handed out by the replay buffer, to be read from there."""
 
     id: int
     path: str
@@ -48,6 +43,9 @@ class Sample:
     step: int | None
     passes: int
     reason: str | None
+    replays: int = 0
+    task: str | None = None
+    replayed: bool = False
 
 
 class Ledger:
@@ -60,24 +58,20 @@ class Ledger:
     def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
         self._visits: list[tuple[int, int]] = []  # (step, sample) not yet on the disk
+        self._replays: list[tuple[int, int]] = []  # (step, sample) not yet on the disk
+        self._kept: dict[int, bool] = {}  # sample -> whether it is in the buffer now, where that is not yet on the disk
         self._quarantines: list[tuple[str, int | None, int]] = []  # (reason, step, sample) not yet on the disk
+        self._columns = COLUMNS
         with guard(f"cannot open the ledger {path}"):
             if read_only:
                 self._db = self._open_read_only(path)
+                self._columns = columns_of(version_of(self._db, path))
                 return
             self._db = sqlite3.connect(path, isolation_level=None)
             self._db.execute("PRAGMA journal_mode=WAL")
             self._db.execute("PRAGMA synchronous=FULL")
             self._db.execute("PRAGMA cache_size=-256")  # KiB; by default 2 MB fill up slowly and look like a leak
-            version = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if version not in (0, SCHEMA_VERSION):
-                raise StateError(
-                    f"the ledger {path} has version {version}; this EdgeTune knows version {SCHEMA_VERSION}: use the "
-                    "version that wrote it, or a new state directory"
-                )
-            if version == 0:
-                self._db.executescript(_SCHEMA)
-                self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
+            bring_up_to_date(self._db, path)
 
     @staticmethod
     def _open_read_only(path: Path) -> sqlite3.Connection:
@@ -125,12 +119,12 @@ class Ledger:
         return row
 
     def trainable(self) -> Iterator[tuple[int, str, int]]:
-        """Yield (id, sha256, passes) of every new or trained sample, marks in memory included."""
+        """Yield (id, sha256, passes) of every sample that may be trained, marks in memory included."""
         extra: dict[int, int] = {}
         for _, sample in self._visits:
             extra[sample] = extra.get(sample, 0) + 1
         gone = {sample for _, _, sample in self._quarantines}
-        query = "SELECT id, sha256, passes FROM samples WHERE status IN ('new', 'trained') ORDER BY id"
+        query = "SELECT id, sha256, passes FROM samples WHERE status IN ('new', 'trained', 'replayable') ORDER BY id"
         for sample, sha256, passes in self._db.execute(query):
             if sample not in gone:
                 yield sample, sha256, passes + extra.get(sample, 0)
@@ -148,22 +142,24 @@ class Ledger:
 
     def samples(self) -> Iterator[Sample]:
         """Yield every row, oldest first."""
-        for row in self._db.execute(f"SELECT {_COLUMNS} FROM samples ORDER BY id"):
+        for row in self._db.execute(f"SELECT {self._columns} FROM samples ORDER BY id"):
             yield Sample(*row)
 
     # ---- taking in (inside ``transaction``) ----------------------------------------------------------------------
-    def accept(self, path: str, sha256: str, stat: tuple[int, int], label: int, *, holdout: int) -> Sample:
+    def accept(
+        self, path: str, sha256: str, stat: tuple[int, int], label: int, *, holdout: int, task: str | None = None
+    ) -> Sample:
         """Record a good sample: every ``holdout``-th of its class is held out (0 = none), the others are new.
 
         Args:
-            stat: size in bytes and modification time in ns of the file.
+            stat: size in bytes and modification time in ns of the file. task: what the source says it belongs to.
         """
         self._db.execute(
             "INSERT INTO arrivals VALUES (?, 1) ON CONFLICT (label) DO UPDATE SET count = count + 1", (label,)
         )
         count = self._db.execute("SELECT count FROM arrivals WHERE label = ?", (label,)).fetchone()[0]
         status = "heldout" if holdout and count % holdout == 0 else "new"
-        return self._put(path, sha256, stat, label, status, None)
+        return self._put(path, sha256, stat, label, status, None, task)
 
     def refuse(self, path: str, sha256: str, stat: tuple[int, int], label: int | None, reason: str) -> Sample:
         """Record a file that will not be used, and why. An accepted row of the same content is left alone."""
@@ -177,6 +173,14 @@ class Ledger:
     def mark_trained(self, samples: Iterable[int], step: int) -> None:
         """Note in memory that ``step`` trained ``samples``; :meth:`flush` writes it."""
         self._visits += [(step, sample) for sample in samples]
+
+    def mark_replayed(self, samples: Iterable[int], step: int) -> None:
+        """Note in memory that ``step`` trained ``samples`` once more, out of the replay buffer."""
+        self._replays += [(step, sample) for sample in samples]
+
+    def mark_kept(self, sample: int, kept: bool) -> None:
+        """Note in memory that a trained sample came into the replay buffer, or left it."""
+        self._kept[sample] = kept
 
     def quarantine(self, samples: Iterable[int], reason: str, step: int | None = None) -> None:
         """Take samples out of use at once; what the disk refuses now is written by the next flush.
@@ -204,37 +208,76 @@ class Ledger:
                     (step, sample),
                 )
                 self._db.execute(
-                    "UPDATE samples SET status = 'trained', step = ?, passes = passes + 1, changed_at = ? "
-                    "WHERE id = ? AND status != 'quarantined'",
+                    "UPDATE samples SET status = CASE status WHEN 'replayable' THEN status ELSE 'trained' END, "
+                    "step = ?, passes = passes + 1, changed_at = ? WHERE id = ? AND status != 'quarantined'",
                     (step, now, sample),
                 )
-            self._db.execute("DELETE FROM visits WHERE step <= ?", (prune_through_step,))
-        self._visits.clear()
-        self._quarantines.clear()
+            for step, sample in self._replays:
+                self._db.execute("INSERT INTO replayed VALUES (?, ?)", (step, sample))
+                self._db.execute("UPDATE samples SET replays = replays + 1 WHERE id = ?", (sample,))
+            for sample, kept in self._kept.items():
+                status, before = ("replayable", "trained") if kept else ("trained", "replayable")
+                self._db.execute("UPDATE samples SET status = ? WHERE id = ? AND status = ?", (status, sample, before))
+            for table in ("visits", "replayed"):
+                self._db.execute(f"DELETE FROM {table} WHERE step <= ?", (prune_through_step,))
+        self._forget_marks()
 
     @property
     def dirty(self) -> bool:
         """Whether something waits in memory for the next flush."""
-        return bool(self._visits or self._quarantines)
+        return bool(self._visits or self._replays or self._kept or self._quarantines)
 
     def rollback(self, step: int) -> int:
-        """Take back every training mark later than ``step``; return how many there were. Quarantines stay."""
+        """Take back every training mark later than ``step``; return how many there were. Quarantines stay.
+
+        Which samples are in the replay buffer is what the checkpoint says: see :meth:`set_replayable`.
+        """
         dropped = sum(1 for mark in self._visits if mark[0] > step)
         self._visits = [mark for mark in self._visits if mark[0] <= step]
+        self._replays = [mark for mark in self._replays if mark[0] <= step]
+        self._kept.clear()
         later = self._db.execute(
             "SELECT step, sample, previous_step FROM visits WHERE step > ? ORDER BY step DESC", (step,)
         ).fetchall()
-        if later:
+        replayed = self._db.execute("SELECT sample FROM replayed WHERE step > ?", (step,)).fetchall()
+        if later or replayed:
             with self.transaction():
                 for _, sample, previous_step in later:
                     self._db.execute(
                         "UPDATE samples SET passes = passes - 1, step = ?, "
-                        "status = CASE WHEN passes > 1 THEN 'trained' ELSE 'new' END "
-                        "WHERE id = ? AND status = 'trained'",
+                        "status = CASE WHEN passes > 1 THEN status ELSE 'new' END "
+                        "WHERE id = ? AND status IN ('trained', 'replayable')",
                         (previous_step, sample),
                     )
-                self._db.execute("DELETE FROM visits WHERE step > ?", (step,))
+                self._db.executemany("UPDATE samples SET replays = replays - 1 WHERE id = ?", replayed)
+                for table in ("visits", "replayed"):
+                    self._db.execute(f"DELETE FROM {table} WHERE step > ?", (step,))
         return dropped + len(later)
+
+    def set_replayable(self, samples: Iterable[int]) -> list[int]:
+        """Make ``replayable`` of the trained samples those in ``samples`` and no other: what a checkpoint's buffer
+        holds. Return those of ``samples`` that are no trained ones, as they were quarantined since.
+
+        Raises:
+            StorageError: the disk refused; nothing was changed.
+        """
+        self._kept.clear()
+        wanted = set(samples)
+        there = {row[0] for row in self._db.execute("SELECT id FROM samples WHERE status = 'replayable'")}
+        added, gone = sorted(wanted - there), sorted(there - wanted)
+        if added or gone:
+            change = "UPDATE samples SET status = ? WHERE id = ? AND status = ?"
+            with self.transaction():
+                self._db.executemany(change, (("trained", sample, "replayable") for sample in gone))
+                self._db.executemany(change, (("replayable", sample, "trained") for sample in added))
+        now = {row[0] for row in self._db.execute("SELECT id FROM samples WHERE status = 'replayable'")}
+        return sorted(wanted - now)
+
+    def _forget_marks(self) -> None:
+        self._visits.clear()
+        self._replays.clear()
+        self._kept.clear()
+        self._quarantines.clear()
 
     def _write_quarantines(self) -> None:
         self._db.executemany(
@@ -243,20 +286,27 @@ class Ledger:
         )
 
     def _put(
-        self, path: str, sha256: str, stat: tuple[int, int], label: int | None, status: str, reason: str | None
+        self,
+        path: str,
+        sha256: str,
+        stat: tuple[int, int],
+        label: int | None,
+        status: str,
+        reason: str | None,
+        task: str | None = None,
     ) -> Sample:
         now = time.time()
         self._db.execute(
-            "INSERT INTO samples (path, sha256, size, mtime_ns, label, status, reason, seen_at, changed_at) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (path, sha256) DO UPDATE SET size = excluded.size, "
+            "INSERT INTO samples (path, sha256, size, mtime_ns, label, status, reason, seen_at, changed_at, task) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (path, sha256) DO UPDATE SET size = excluded.size, "
             "mtime_ns = excluded.mtime_ns, label = excluded.label, status = excluded.status, reason = excluded.reason, "
-            "changed_at = excluded.changed_at WHERE samples.status = 'quarantined'",
-            (path, sha256, *stat, label, status, reason, now, now),
+            "changed_at = excluded.changed_at, task = excluded.task WHERE samples.status = 'quarantined'",
+            (path, sha256, *stat, label, status, reason, now, now, task),
         )
         row = self._one("WHERE path = ? AND sha256 = ?", path, sha256)
         assert row is not None
         return row
 
     def _one(self, where: str, *values: object) -> Sample | None:
-        row = self._db.execute(f"SELECT {_COLUMNS} FROM samples {where}", values).fetchone()
+        row = self._db.execute(f"SELECT {self._columns} FROM samples {where}", values).fetchone()
         return None if row is None else Sample(*row)

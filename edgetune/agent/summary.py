@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.agent import checkpoint as checkpoints
-from edgetune.agent.ledger import STATUSES, Ledger
+from edgetune.agent.ledger import Ledger
+from edgetune.agent.ledger_schema import STATUSES
 from edgetune.agent.state import read_identity
 from edgetune.engines.certificate import Certificate
 from edgetune.errors import StateError

@@ -50,7 +50,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_status(app: typer.Typer, state: Path) -> None:
     found = json.loads(CliRunner().invoke(app, ["status", str(state), "--json"]).stdout)
     assert found["step"] == found["logged_step"] == 12 and found["accuracy"] == 1.0
-    assert found["samples"] == {"new": 0, "heldout": 6, "trained": 24, "quarantined": 1}
+    assert found["samples"] == {"new": 0, "heldout": 6, "trained": 24, "replayable": 0, "quarantined": 1}
     assert [entry["path"] for entry in found["quarantined"]] == ["cat/bad.png"]
     assert found["plan"]["budget_bytes"] == RUNTIME_BYTES + 50_000 and found["last_event"]["event"] == "stopped"
     table = CliRunner().invoke(app, ["status", str(state)]).stdout

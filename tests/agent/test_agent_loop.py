@@ -80,7 +80,7 @@ def test_a_whole_run_learns_and_says_everything(tmp_path: Path, bundle: Bundle) 
     assert outcome.accuracy_before is not None and outcome.accuracy_before < 1
     assert shop.session.largest_micro_batch <= 4 and shop.session.step_number == 12
     assert Ledger(tmp_path / "state" / "ledger.sqlite").counts() == {
-        "new": 0, "heldout": 6, "trained": 24, "quarantined": 0,
+        "new": 0, "heldout": 6, "trained": 24, "replayable": 0, "quarantined": 0,
     }  # fmt: skip
     kinds = [record["event"] for record in events(tmp_path)]
     assert kinds[:4] == ["start", "arrived", "engine", "calibrated"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from edgetune.agent import checkpoint
-from edgetune.agent.ledger import Ledger
+from edgetune.agent.ledger import Ledger, Sample
 from edgetune.agent.state import StateDirectory
 from edgetune.agent.storage import write_atomic
 from edgetune.bundle import Array
@@ -37,39 +38,128 @@ def test_marks_count_only_once_flushed(tmp_path: Path) -> None:
     assert {i: p for i, _, p in ledger.trainable()} == {1: 1, 2: 1, 3: 0}
     assert Ledger(tmp_path / "l", read_only=True).counts()["trained"] == 0
     ledger.flush()
-    assert Ledger(tmp_path / "l", read_only=True).counts() == {"new": 1, "heldout": 0, "trained": 2, "quarantined": 0}
+    assert Ledger(tmp_path / "l", read_only=True).counts() == {
+        "new": 1, "heldout": 0, "trained": 2, "replayable": 0, "quarantined": 0,
+    }  # fmt: skip
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+step_marks = st.tuples(
+    st.lists(st.integers(1, 5), unique=True, min_size=1),  # trained
+    st.lists(st.integers(1, 5), unique=True, max_size=3),  # of them, or of those before: replayed
+    st.sets(st.integers(1, 5), max_size=3),  # in the buffer after the step, if trained
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    visits=st.lists(st.lists(st.integers(1, 5), unique=True, min_size=1), max_size=8),
-    flushed=st.integers(0, 8),
-    kept=st.integers(0, 8),
-    pruned=st.integers(-1, 8),
+    steps=st.lists(step_marks, max_size=8), flushed=st.integers(0, 8), kept=st.integers(0, 8), pruned=st.integers(-1, 8)
 )
 def test_rollback_gives_the_ledger_of_that_step(
-    tmp_path_factory: pytest.TempPathFactory, visits: list[list[int]], flushed: int, kept: int, pruned: int
+    tmp_path_factory: pytest.TempPathFactory,
+    steps: list[tuple[list[int], list[int], set[int]]],
+    flushed: int,
+    kept: int,
+    pruned: int,
 ) -> None:
     """Oracle: a ledger in which only the first ``kept`` steps ever happened."""
     root = tmp_path_factory.mktemp("ledger")
 
     def rows(ledger: Ledger) -> list[tuple[object, ...]]:
-        return [(row.id, row.status, row.step, row.passes) for row in ledger.samples()]
+        return [(row.id, row.status, row.step, row.passes, row.replays) for row in ledger.samples()]
 
     ledger, oracle = ledger_with(root / "a", 5), ledger_with(root / "b", 5)
-    for step, samples in enumerate(visits, start=1):
-        ledger.mark_trained(samples, step)
+    seen, buffer, buffer_then = set[int](), set[int](), set[int]()
+    for step, (samples, again, wanted) in enumerate(steps, start=1):
+        seen |= set(samples)
+        before, buffer = buffer, wanted & seen
+        for one in (ledger, oracle) if step <= kept else (ledger,):
+            one.mark_trained(samples, step)
+            one.mark_replayed(seen & set(again), step)
+            for sample in before ^ buffer:
+                one.mark_kept(sample, sample in buffer)
         if step == flushed:
             ledger.flush(prune_through_step=min(pruned, kept))
         if step <= kept:
-            oracle.mark_trained(samples, step)
+            buffer_then = buffer
     dropped = ledger.rollback(kept)
     ledger.flush()
+    assert ledger.set_replayable(buffer_then) == []
     oracle.flush()
     assert rows(ledger) == rows(oracle)
-    assert dropped == sum(len(samples) for samples in visits[kept:])
+    assert {row.id for row in ledger.samples() if row.status == "replayable"} == buffer_then
+    assert dropped == sum(len(samples) for samples, _, _ in steps[kept:])
     ledger.close()
     oracle.close()
+
+
+def test_what_the_buffer_holds_and_was_quarantined_since_is_told(tmp_path: Path) -> None:
+    ledger = ledger_with(tmp_path / "l", 3)
+    ledger.mark_trained([1, 2], step=1)
+    ledger.flush()
+    ledger.quarantine([2], "poison", 2)
+    assert ledger.set_replayable([1, 2, 99]) == [2, 99]
+    assert [row.status for row in ledger.samples()] == ["replayable", "quarantined", "new"]
+    ledger.mark_trained([1], step=3)
+    ledger.flush()
+    assert (ledger.get(1).status, ledger.get(1).passes) == ("replayable", 2), "trained again, it stays in the buffer"
+
+
+VERSION_1 = """
+CREATE TABLE samples (
+    id INTEGER PRIMARY KEY, path TEXT NOT NULL, sha256 TEXT NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+    label INTEGER, status TEXT NOT NULL CHECK (status IN ('new', 'heldout', 'trained', 'quarantined')),
+    step INTEGER, passes INTEGER NOT NULL DEFAULT 0, reason TEXT, seen_at REAL NOT NULL, changed_at REAL NOT NULL,
+    UNIQUE (path, sha256));
+CREATE INDEX samples_by_content ON samples (sha256);
+CREATE INDEX samples_by_status ON samples (status);
+CREATE TABLE visits (step INTEGER, sample INTEGER, previous_step INTEGER, PRIMARY KEY (step, sample));
+CREATE TABLE arrivals (label INTEGER PRIMARY KEY, count INTEGER NOT NULL);
+INSERT INTO samples VALUES (3, 'a.png', 'h1', 10, 11, 2, 'trained', 7, 2, NULL, 1.5, 2.5);
+INSERT INTO samples VALUES (5, 'b.png', 'h2', 20, 21, NULL, 'quarantined', NULL, 0, 'bad', 1.5, 2.5);
+INSERT INTO visits VALUES (7, 3, 4);
+INSERT INTO arrivals VALUES (2, 9);
+PRAGMA user_version=1;
+"""
+ROWS_OF_1 = [
+    Sample(3, "a.png", "h1", 10, 11, 2, "trained", 7, 2, None),
+    Sample(5, "b.png", "h2", 20, 21, None, "quarantined", None, 0, "bad"),
+]
+
+
+def test_a_ledger_of_version_1_is_read_and_brought_up_to_date(tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / "l")
+    old.executescript(VERSION_1)
+    old.close()
+    reader = Ledger(tmp_path / "l", read_only=True)
+    assert list(reader.samples()) == ROWS_OF_1 and reader.counts()["replayable"] == 0
+    reader.close()
+    ledger = Ledger(tmp_path / "l")
+    assert list(ledger.samples()) == ROWS_OF_1
+    ledger.mark_replayed([3], 8)
+    ledger.mark_kept(3, True)
+    ledger.flush()
+    assert (ledger.get(3).status, ledger.get(3).replays) == ("replayable", 1)
+    assert ledger.rollback(6) == 1, "the visits came along"
+    assert (ledger.get(3).step, ledger.get(3).passes, ledger.get(3).replays) == (4, 1, 0)
+    with ledger.transaction():
+        assert ledger.accept("c.png", "h3", (1, 1), 2, holdout=10, task="night").status == "heldout", (
+            "so did the counts"
+        )
+    ledger.close()
+    again = Ledger(tmp_path / "l")
+    assert (again.get(6).task, again.get(3).task) == ("night", None)
+    again.close()
+
+
+def test_a_migration_that_is_broken_off_leaves_the_old_ledger(tmp_path: Path) -> None:
+    old = sqlite3.connect(tmp_path / "l")
+    old.executescript(VERSION_1 + "CREATE TABLE replayed (step INTEGER);")  # in the way
+    old.close()
+    with pytest.raises(sqlite3.OperationalError, match="already exists"):
+        Ledger(tmp_path / "l")
+    reader = Ledger(tmp_path / "l", read_only=True)
+    assert list(reader.samples()) == ROWS_OF_1
+    reader.close()
 
 
 def test_quarantine_is_immediate_and_survives_a_rollback(tmp_path: Path) -> None:
