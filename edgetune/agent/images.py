@@ -6,7 +6,10 @@ Knows Pillow; nothing of folders or ledgers.
 from __future__ import annotations
 
 import io
+import math
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,8 +27,9 @@ class Decoder:
     """Turns files into samples of shape ``manifest.inputs[0].shape``, float32.
 
     Images are converted to the manifest's colour, resized bilinearly to (H, W), scaled to [0, 1] and normalised per
-    channel, in this order. For inputs that are no images (colour ``none``) a file is a ``.npy`` array of the exact
-    shape, normalised if the manifest says how.
+    channel, in this order. A ``.npy`` array may stand for an image: uint8 of [h, w] or [h, w, 1, 3 or 4] (or of the
+    exact shape) holds its pixels; floating point of the exact shape is taken as it is. For inputs that are no images
+    (colour ``none``) a file is a ``.npy`` array of the exact shape, normalised if the manifest says how.
 
     Raises:
         BundleError: the manifest asks for something that a folder of files cannot give.
@@ -59,19 +63,39 @@ class Decoder:
         self._mean = np.asarray(manifest.preprocess.mean, np.float32).reshape(spread)
         self._std = np.asarray(manifest.preprocess.std, np.float32).reshape(spread)
 
-    def decode(self, data: bytes) -> Array:
+    def decode(self, data: bytes, change: Callable[[Array], Array] | None = None) -> Array:
         """Return the sample that the file content ``data`` holds.
+
+        Args:
+            change: applied to the pixels of an image, [channels, height, width] in [0, 1], before they are normalised;
+                never to what is taken as it is.
 
         Raises:
             DataError: not an image (or array), damaged, too large, or of the wrong shape; the message says which.
         """
-        value = self._array(data) if self.color == "none" else self._image(data)
+        if self.color == "none":
+            return self._normalised(self._array(data, self._as_it_is))
+        if not data.startswith(_NPY):
+            small = self._image(data)
+        else:
+            value = self._array(data, self._pixels_or_as_it_is)
+            if value.dtype.kind == "f":
+                return np.ascontiguousarray(value, np.float32)
+            small = self._resized(Image.fromarray(value))
+        pixels = np.asarray(small, dtype=np.float32) / np.float32(255)
+        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+        return self._normalised(pixels if change is None else change(pixels))
+
+    def _normalised(self, value: Array) -> Array:
         if self._mean.size:
             value = (value - self._mean) / self._std
         return np.ascontiguousarray(value, dtype=np.float32)
 
-    def _image(self, data: bytes) -> Array:
+    def _resized(self, image: Image.Image) -> Image.Image:
         height, width = self.shape[1:]
+        return image.convert(self.color).resize((width, height), Image.Resampling.BILINEAR)
+
+    def _image(self, data: bytes) -> Image.Image:
         limit = Image.MAX_IMAGE_PIXELS
         try:
             with warnings.catch_warnings():
@@ -80,17 +104,33 @@ class Decoder:
                 with Image.open(io.BytesIO(data)) as image:
                     if limit is not None and image.width * image.height > limit:
                         raise DataError(f"{image.width} x {image.height} pixels are more than the limit of {limit}")
-                    small = image.convert(self.color).resize((width, height), Image.Resampling.BILINEAR)
+                    return self._resized(image)
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise DataError(f"refused, it would unpack to too many pixels ({error})") from None
         except (DataError, MemoryError):
             raise
         except Exception as error:  # Pillow's plugins raise nearly anything on damaged input
             raise DataError(f"not a readable image ({type(error).__name__}: {error})") from None
-        pixels = np.asarray(small, dtype=np.float32) / np.float32(255)
-        return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
-    def _array(self, data: bytes) -> Array:
+    def _as_it_is(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        if dtype.kind not in "fiub":
+            raise DataError(f"its type is {dtype}; expected numbers")
+        if shape != self.shape:
+            raise DataError(f"its shape is {shape}; expected {self.shape}")
+
+    def _pixels_or_as_it_is(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+        if dtype.kind == "f":
+            return self._as_it_is(shape, dtype)
+        if dtype != np.uint8:
+            raise DataError(
+                f"its type is {dtype}; expected uint8 (pixels), or floating point for {self.shape} as it is"
+            )
+        if shape != self.shape and not _is_picture(shape):
+            raise DataError(f"its shape is {shape}; expected pixels, (height, width) or (height, width, 1, 3 or 4)")
+
+    def _array(self, data: bytes, check: Callable[[tuple[int, ...], np.dtype[Any]], None]) -> Array:
+        """Return the array that the ``.npy`` file ``data`` holds, its pixels as [h, w] or [h, w, c], once ``check`` has
+        let its shape and type pass."""
         if not data.startswith(_NPY):
             raise DataError("not a .npy array")
         try:
@@ -100,17 +140,23 @@ class Decoder:
             shape, _, dtype = read(stream)
         except Exception as error:  # numpy raises nearly anything on a damaged header
             raise DataError(f"not a readable .npy array ({type(error).__name__}: {error})") from None
+        check(shape, dtype)
         # Before any memory is taken for it: a header may promise anything.
-        if dtype.kind not in "fiub":
-            raise DataError(f"its type is {dtype}; expected numbers")
-        if shape != self.shape:
-            raise DataError(f"its shape is {shape}; expected {self.shape}")
+        if math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+            raise DataError(f"not a readable .npy array: {shape} of {dtype} is not what its {len(data)} bytes hold")
         try:
             value: Array = np.load(io.BytesIO(data), allow_pickle=False)
         except MemoryError:
             raise
         except Exception as error:  # numpy raises nearly anything on damaged data
             raise DataError(f"not a readable .npy array ({type(error).__name__}: {error})") from None
-        if not np.all(np.isfinite(value)):
+        if value.dtype.kind == "f" and not np.all(np.isfinite(value)):
             raise DataError("it holds numbers that are not finite")
-        return value.astype(np.float32)
+        if self.color != "none" and value.dtype.kind != "f":
+            value = value if _is_picture(shape) else value.transpose(1, 2, 0)
+            return np.ascontiguousarray(value[..., 0] if value.ndim == 3 and value.shape[2] == 1 else value)
+        return value
+
+
+def _is_picture(shape: tuple[int, ...]) -> bool:
+    return min(shape, default=0) > 0 and (len(shape) == 2 or (len(shape) == 3 and shape[2] in (1, 3, 4)))

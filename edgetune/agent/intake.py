@@ -1,4 +1,4 @@
-"""From the folder to the ledger: every file is read once, checked, and becomes a sample or a quarantined entry.
+"""From the source to the ledger: every entry is read once, checked, and becomes a sample or a quarantined entry.
 
 Knows the source, the decoder and the ledger; nothing of training.
 """
@@ -9,6 +9,7 @@ import hashlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TypeAlias
 
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Ledger, Sample
@@ -16,6 +17,12 @@ from edgetune.agent.sources import Found, Source
 from edgetune.errors import DataError
 
 _ROWS_PER_COMMIT = 256
+_Write: TypeAlias = "tuple[str, Callable[[], Sample | None]]"
+"""The name of an entry, and what records it."""
+
+
+def _known() -> None:
+    """Stand for the write of what needs none."""
 
 
 @dataclass
@@ -54,13 +61,17 @@ class Intake:
         Raises:
             StorageError: the ledger could not be written; what was not recorded is found again at the next look.
         """
-        taken, ready = Taken(), []
+        taken, ready = Taken(), list[_Write]()
+        before, self._unsettled = self._unsettled, {}
         for found in self.source.scan():
             if stopping():
+                self._unsettled = {**before, **self._unsettled}
                 break
-            step = self._examine(found)
-            if step is not None:
-                ready.append(step)
+            step = self._examine(found, before.get(found.path))
+            if step is _known:
+                self.source.recorded([found.path])
+            elif step is not None:
+                ready.append((found.path, step))
             if len(ready) >= _ROWS_PER_COMMIT:
                 self._commit(ready, taken)
         self._commit(ready, taken)
@@ -76,26 +87,26 @@ class Intake:
             total = Taken(total.accepted + more.accepted, total.quarantined + more.quarantined, more.unsettled)
         return total
 
-    def _commit(self, ready: list[Callable[[], Sample | None]], taken: Taken) -> None:
+    def _commit(self, ready: list[_Write], taken: Taken) -> None:
         if not ready:
             return
         rows = []
         with self.ledger.transaction():
-            for record in ready:
+            for _, record in ready:
                 rows.append(record())
+        self.source.recorded(path for path, _ in ready)
         ready.clear()
         for row in rows:
             if row is not None:
                 (taken.quarantined if row.status == "quarantined" else taken.accepted).append(row)
 
-    def _examine(self, found: Found) -> Callable[[], Sample | None] | None:
-        """Return the write that records ``found``, or None when there is nothing to record (yet)."""
+    def _examine(self, found: Found, before: _Unsettled | None) -> Callable[[], Sample | None] | None:
+        """Return the write that records ``found``; ``_known`` where there is nothing to record, None: not yet."""
         path, known = found.path, self.ledger.by_path(found.path)
         if found.problem is not None:
             if known is not None and (known.status != "quarantined" or known.reason == found.problem):
-                return None
-            problem = found.problem
-            return lambda: self.ledger.refuse(path, "", (0, 0), None, problem)
+                return _known
+            return self._refused(found, self._stat_or_nothing(path), found.problem, before, lasting=not found.mending)
         assert found.label is not None
         label = found.label
         stat = (-1, -1)
@@ -106,7 +117,7 @@ class Intake:
                 # folder may have been unmounted); a damaged one stays damaged.
                 absent = (known.reason or "").startswith(("missing", "cannot be read"))
                 if known.status != "quarantined" or (known.label == label and not absent):
-                    return None
+                    return _known
             data = self.source.read(path)
             sha256 = hashlib.sha256(data).hexdigest()
             if known is not None and known.sha256 == sha256 and known.status != "quarantined":
@@ -114,8 +125,11 @@ class Intake:
                 return lambda: self.ledger.touch(row_id, stat)
             self.decoder.decode(data)
         except DataError as error:
-            return self._undecodable(found, stat, str(error), known)
-        self._unsettled.pop(path, None)
+            reason = str(error)
+            if known is not None and known.status == "quarantined" and known.reason == reason and stat == (-1, -1):
+                return _known
+            lasting = found.final or reason.startswith("refused")
+            return self._refused(found, stat, reason, before, lasting=lasting)
         return lambda: self._record(path, sha256, stat, label)
 
     def _record(self, path: str, sha256: str, stat: tuple[int, int], label: int) -> Sample | None:
@@ -131,18 +145,26 @@ class Intake:
             reason += f", which is labelled {self.source.classes[original.label]}"
         return self.ledger.refuse(path, sha256, stat, label, reason)
 
-    def _undecodable(
-        self, found: Found, stat: tuple[int, int], reason: str, known: Sample | None
+    def _stat_or_nothing(self, path: str) -> tuple[int, int]:
+        try:
+            return self.source.stat(path)
+        except DataError:
+            return 0, 0
+
+    def _refused(
+        self, found: Found, stat: tuple[int, int], reason: str, before: _Unsettled | None, *, lasting: bool
     ) -> Callable[[], Sample | None] | None:
+        """Return the write that quarantines ``found``; None if it may still be written, and has not settled.
+
+        Args:
+            before: what was known at the last look of an entry that had not settled.
+        """
         path = found.path
-        if known is not None and known.status == "quarantined" and known.reason == reason and stat == (-1, -1):
-            return None
-        if not reason.startswith("refused"):
-            now, seen = time.monotonic(), self._unsettled.get(path)
-            if seen is None or seen.stat != stat:
-                seen = self._unsettled[path] = _Unsettled(stat, now)
+        if not lasting:
+            now = time.monotonic()
+            seen = before if before is not None and before.stat == stat else _Unsettled(stat, now)
             age_seconds = time.time() - stat[1] / 1e9 if stat[1] > 0 else 0.0
             if age_seconds < self.settle_seconds and now - seen.since < self.settle_seconds:
+                self._unsettled[path] = seen
                 return None
-        self._unsettled.pop(path, None)
         return lambda: self.ledger.refuse(path, "", stat, found.label, reason)

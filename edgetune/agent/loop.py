@@ -59,7 +59,7 @@ def run_agent(bundle: Bundle, config: AgentConfig, *, parts: Parts | None = None
     manifest = bundle.manifest
     config.check(manifest.optimizer.scalars)
     decoder = Decoder(manifest)
-    source = open_source(config.data, manifest.classes, decoder.suffixes)
+    source = open_source(config.data, manifest.classes, decoder.suffixes, config.intake, config.state)
     with ExitStack() as stack:
         stack.callback(source.close)
         made_with = {"digest": bundle.digest, "model": manifest.model}

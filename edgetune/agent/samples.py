@@ -1,4 +1,4 @@
-"""A few batches from a data folder, without a ledger: for planning before any agent runs.
+"""A few batches from a source, without a ledger: for planning before any agent runs.
 
 Knows sources and decoding; remembers nothing.
 """
@@ -16,14 +16,14 @@ from edgetune.bundle import Array, Manifest
 from edgetune.errors import DataError
 
 
-def labelled_batches(manifest: Manifest, folder: Path, batch: int, count: int) -> Iterator[tuple[Array, Array]]:
-    """Yield up to ``count`` batches (inputs [b, ...], targets int64 [b]) of readable samples, spread over the folder.
+def labelled_batches(manifest: Manifest, data: str | Path, batch: int, count: int) -> Iterator[tuple[Array, Array]]:
+    """Yield up to ``count`` batches (inputs [b, ...], targets int64 [b]) of readable samples, evenly spread.
 
     Raises:
-        DataError: the folder holds no readable sample.
+        DataError: it holds no readable sample.
     """
     decoder = Decoder(manifest)
-    source = open_source(folder, manifest.classes, decoder.suffixes)
+    source = open_source(data, manifest.classes, decoder.suffixes)
     found = [entry for entry in source.scan() if entry.label is not None and entry.problem is None]
     # Evenly spread, so that a folder sorted by class gives every class.
     order = np.argsort(np.arange(len(found)) * 0.6180339887498949 % 1.0, kind="stable")
@@ -46,4 +46,4 @@ def labelled_batches(manifest: Manifest, folder: Path, batch: int, count: int) -
     if y and not given:
         yield np.stack(x), np.array(y, np.int64)
     elif not given:
-        raise DataError(f"'{folder}' holds no readable sample of the classes {', '.join(manifest.classes[:20])}")
+        raise DataError(f"'{data}' holds no readable sample of the classes {', '.join(manifest.classes[:20])}")

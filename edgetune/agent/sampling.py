@@ -85,11 +85,11 @@ class Sampler:
             os.close(descriptor)
 
 
-def sample_step(bundle: Bundle, plan: Plan, data: Path, engine: str = "auto") -> SampledStep:
+def sample_step(bundle: Bundle, plan: Plan, data: str | Path, engine: str = "auto") -> SampledStep:
     """Return the second of two steps on samples of ``data``, measured in a process of its own.
 
     Raises:
-        DataError: the folder holds fewer readable samples than a batch.
+        DataError: there are fewer readable samples than a batch.
         EngineError: the process failed; its own words are in the message.
     """
     with tempfile.TemporaryDirectory(prefix="edgetune-") as scratch:
@@ -101,7 +101,7 @@ def sample_step(bundle: Bundle, plan: Plan, data: Path, engine: str = "auto") ->
         here = str(Path(__file__).resolve().parents[2])
         path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
         command = [sys.executable, "-m", "edgetune.agent.sampling", str(bundle.path.resolve()), str(told), known]
-        command += [str(data.resolve()), engine]
+        command += [str(data), engine]
         environment = {**os.environ, "PYTHONPATH": path}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
@@ -112,7 +112,7 @@ def sample_step(bundle: Bundle, plan: Plan, data: Path, engine: str = "auto") ->
     return SampledStep(tuple(found["seconds"]), tuple(found["resident_bytes"]), found["ends"], found["peak_bytes"])
 
 
-def _step(bundle: Bundle, plan: Plan, data: Path, engine: str) -> SampledStep:
+def _step(bundle: Bundle, plan: Plan, data: str | Path, engine: str) -> SampledStep:
     """Do what :func:`sample_step` says, here."""
     manifest = bundle.manifest
     load_agent(manifest)
@@ -150,7 +150,7 @@ def _step(bundle: Bundle, plan: Plan, data: Path, engine: str) -> SampledStep:
 
 
 def _rows(source: Source) -> Iterator[Sample]:
-    """Yield the samples of a folder as a ledger would hold them."""
+    """Yield the samples of ``source`` as a ledger would hold them."""
     for entry in source.scan():
         if entry.label is None or entry.problem is not None:
             continue
@@ -166,5 +166,5 @@ if __name__ == "__main__":
     asked = Plan.from_json(Path(plan_path).read_text("utf-8"))
     if known_path:
         asked = dataclasses.replace(asked, calibration=Calibration.load(known_path))
-    step = _step(Bundle.open(bundle_path, verify=False), asked, Path(data_path), which)
+    step = _step(Bundle.open(bundle_path, verify=False), asked, data_path, which)
     sys.stdout.write(json.dumps(dataclasses.asdict(step)) + "\n")

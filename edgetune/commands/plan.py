@@ -46,7 +46,8 @@ def plan(
     trained: Trained = None,
     cache: Cache = None,
     data: Annotated[
-        Path | None, typer.Option("--data", help="Folder of samples to measure the spectra on (as for run).")
+        str | None,
+        typer.Option("--data", help="Samples to measure the spectra on (any source, as for run)."),
     ] = None,
     batches: Annotated[int, typer.Option("--batches", min=1, help="Batches of it to measure on.")] = 2,
     calibration: Annotated[
@@ -139,7 +140,7 @@ def plan(
 
 def _check_options(
     front: bool, explain: bool, phase: str | None, timeline: Path | None, state: Path | None, measure: bool,
-    data: Path | None,
+    data: str | None,
 ) -> None:  # fmt: skip
     """Raise UsageError where an option is given without the one that it is for."""
     from edgetune.errors import UsageError
@@ -160,7 +161,7 @@ def _explained(bundle: Bundle, made: Plan, phase: str | None) -> Explanation:
     return explain(bundle.manifest, made, phase)
 
 
-def _drawn(bundle: Bundle, made: Plan, name: str, state: Path | None, data: Path | None, engine: str) -> str:
+def _drawn(bundle: Bundle, made: Plan, name: str, state: Path | None, data: str | None, engine: str) -> str:
     """Return the picture of one step of ``made``; what was measured is from the run log in ``state`` and from one step
     on ``data``, whichever is given."""
     from edgetune.commands._timeline import measured_in, svg
@@ -185,7 +186,7 @@ def _drawn(bundle: Bundle, made: Plan, name: str, state: Path | None, data: Path
 
 
 def _calibration(
-    bundle: Bundle, file: Path | None, data: Path | None, batch: int, batches: int, engine: str, *, errors: bool
+    bundle: Bundle, file: Path | None, data: str | None, batch: int, batches: int, engine: str, *, errors: bool
 ) -> Calibration | None:
     """Return what ``file`` holds; where there is no such file, what is measured on ``data``, and write it there."""
     from edgetune.agent.samples import labelled_batches

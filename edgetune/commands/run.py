@@ -20,7 +20,8 @@ def run(
         Path | None, typer.Argument(help="The bundle that 'edgetune export' wrote (or 'bundle' in the configuration).")
     ] = None,
     data: Annotated[
-        str | None, typer.Option("--data", help="Folder of samples: <label>/<image>, or with metadata.jsonl.")
+        str | None,
+        typer.Option("--data", help="The samples: a folder, .npz, .tar, 'shards/*.tar' (docs/sources.md)."),
     ] = None,
     state: Annotated[Path | None, typer.Option("--state", help="The agent's own directory; made, or resumed.")] = None,
     config: Annotated[

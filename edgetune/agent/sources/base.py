@@ -42,10 +42,12 @@ class Source(Protocol):
 
     Attributes:
         spec: what the user gave as --data, for messages. classes: names of the classes in the order of the outputs.
+        growing: whether there may be more one day, when it has :meth:`ended`.
     """
 
     spec: str
     classes: tuple[str, ...]
+    growing: bool
 
     def scan(self) -> Iterator[Found]:
         """Yield, in a fixed order, all entries that were not :meth:`recorded` yet; others may be among them."""
@@ -66,6 +68,12 @@ class Source(Protocol):
 
     def recorded(self, paths: Iterable[str]) -> None:
         """Take note that these entries are in the ledger, on the disk."""
+
+    def ended(self) -> bool:
+        """Return whether :meth:`scan` has yielded all that there will be, or, if ``growing``, all that there is."""
+
+    def heed(self, waiting: int) -> None:
+        """Take note that so many recorded samples wait to be trained: one that reads ahead may stop."""
 
     def absent(self) -> str | None:
         """Return why nothing at all can be read now (a disk that is not mounted), or None."""

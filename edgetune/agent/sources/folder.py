@@ -35,6 +35,8 @@ class FolderSource:
         DataError: no such folder.
     """
 
+    growing = True
+
     def __init__(self, root: Path, classes: Sequence[str], suffixes: Collection[str]) -> None:
         if not root.is_dir():
             raise DataError(f"the data folder '{root}' does not exist; create it or give another --data")
@@ -81,6 +83,12 @@ class FolderSource:
 
     def recorded(self, paths: Iterable[str]) -> None:
         """Do nothing: a file may be written again at any time."""
+
+    def ended(self) -> bool:
+        return True
+
+    def heed(self, waiting: int) -> None:
+        """Do nothing: what lies in the folder takes no room elsewhere."""
 
     def absent(self) -> str | None:
         return None if self.root.is_dir() else f"the data folder '{self.root}' is gone"
@@ -152,6 +160,8 @@ class FolderSource:
 
 class Watcher:
     """Waits for changes in a folder. Where the system cannot report changes it sleeps and asks for a re-scan."""
+
+    growing = True
 
     def __init__(self, root: Path, *, rescan_seconds: float) -> None:
         self.rescan_seconds = rescan_seconds
