@@ -1,8 +1,9 @@
 """Checkpoints: the whole state of a run in one safetensors file whose name holds its SHA-256.
 
 ``checkpoint-<step>.<sha256>.safetensors`` appears by a rename, so it is complete or absent, and any later damage shows.
-The last two are kept. The file is written piece by piece (the format is a length, a JSON header and raw bytes), because
-a library that first joins everything in memory would double the state's size just when the budget is tight.
+The last two are kept; one that cannot be used is set aside, not deleted. The file is written piece by piece (the format
+is a length, a JSON header and raw bytes), because a library that first joins everything in memory would double the
+state's size just when the budget is tight.
 Knows arrays and JSON; nothing of what they mean.
 """
 
@@ -13,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,12 @@ from edgetune.agent.storage import guard
 from edgetune.bundle import Array, sha256_of, sync_directory
 from edgetune.errors import StateError
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+READABLE = (2, 3)
+"""Version 2 holds no state of replay, of the gate or of drift; those begin anew."""
 KEPT = 2
+PARTS = "agent/"
+"""Tensors whose names begin so belong to the agent, not to the session."""
 _NAME = re.compile(r"checkpoint-(\d{8,})\.([0-9a-f]{64})\.safetensors")
 _PIECE_BYTES = 1 << 20
 _DTYPES = {
@@ -38,21 +43,29 @@ _NUMPY = {name: dtype for dtype, name in _DTYPES.items()}
 @dataclass(frozen=True)
 class Checkpoint:
     """A verified checkpoint: ``tensors`` is the session's state, each read from the file when it is asked for,
-    ``position`` all else (plain JSON data)."""
+    ``parts`` are arrays of the agent's own, and ``position`` is all else (plain JSON data)."""
 
     path: Path
     step: int
     tensors: Mapping[str, Array]
     position: Mapping[str, Any]
+    parts: Mapping[str, Array] = field(default_factory=dict)
 
 
-def write(directory: Path, step: int, tensors: Mapping[str, Array], position: Mapping[str, Any]) -> Path:
+def write(
+    directory: Path,
+    step: int,
+    tensors: Mapping[str, Array],
+    position: Mapping[str, Any],
+    parts: Mapping[str, Array] | None = None,
+) -> Path:
     """Write a checkpoint and return its path; it is on the disk, under its final name, when this returns.
 
     Raises:
         StorageError: the disk refused; every earlier checkpoint is untouched.
     """
     temporary = directory / f"checkpoint-{step:08d}.tmp"
+    tensors = {**tensors, **{PARTS + name: value for name, value in (parts or {}).items()}}
     with guard(f"cannot write a checkpoint into {directory}"):
         try:
             digest = hashlib.sha256()
@@ -97,39 +110,68 @@ def verified(path: Path) -> bool:
         return False
 
 
-def load_newest(directory: Path, damaged: Callable[[Path], None]) -> Checkpoint | None:
-    """Return the newest intact checkpoint, or None when there is none at all.
-
-    Args:
-        damaged: called with every newer file whose content is not what its name promises.
-
-    Raises:
-        StateError: there are checkpoints but none is intact, or it is of another version.
-    """
-    paths = listed(directory)
-    for step, path in paths:
-        if not verified(path):
-            damaged(path)
-            continue
-        return Checkpoint(path, step, _Stored(path), read_position(path))
-    if paths:
-        raise StateError(
-            f"none of the {len(paths)} checkpoints in {directory} is intact; restore them from a copy, or move the "
-            "directory away to start anew"
-        )
+def problem_of(path: Path) -> str | None:
+    """Return why the checkpoint ``path`` cannot be used; None: it can."""
+    if not verified(path):
+        return "its content is not what its name promises"
+    try:
+        read_position(path)
+    except StateError as error:
+        return str(error)
     return None
 
 
-class _Stored(Mapping[str, Array]):
-    """The tensors of a file, each read when it is asked for: all of them at once would double a run's state."""
+def load_newest(directory: Path, damaged: Callable[[Path], None]) -> Checkpoint | None:
+    """Return the newest checkpoint that can be used, or None when there is none at all.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        damaged: called with every newer file that cannot, once one is found that can.
+
+    Raises:
+        StateError: there are checkpoints but none can be used.
+    """
+    refused: dict[Path, str] = {}
+    for _, path in listed(directory):
+        reason = problem_of(path)
+        if reason is None:
+            for other in refused:
+                damaged(other)
+            return load(path)
+        refused[path] = reason
+    if refused:
+        raise none_intact(directory, refused)
+    return None
+
+
+def load(path: Path) -> Checkpoint:
+    """Return the checkpoint ``path``, whose content is not verified again."""
+    position = read_position(path)
+    return Checkpoint(path, int(position["step"]), _Stored(path, ""), position, _Stored(path, PARTS))
+
+
+def none_intact(directory: Path, refused: Mapping[Path, str]) -> StateError:
+    """Return the error for a directory whose checkpoints are all refused."""
+    why = "; ".join(f"{path.name}: {reason}" for path, reason in refused.items())
+    return StateError(
+        f"none of the {len(refused)} checkpoints in {directory} is intact ({why}); restore them from a copy, or move "
+        "the directory away to start anew"
+    )
+
+
+class _Stored(Mapping[str, Array]):
+    """The tensors of a file, each read when it is asked for: all of them at once would double a run's state.
+
+    Those whose names begin with ``prefix``, without it; an empty one stands for those of the session.
+    """
+
+    def __init__(self, path: Path, prefix: str) -> None:
         self._path = path
         with path.open("rb") as stream:
             size = int.from_bytes(stream.read(8), "little")
             header: dict[str, Any] = json.loads(stream.read(size))
         header.pop("__metadata__", None)
-        self._entries, self._begin = header, 8 + size
+        mine = (name for name in header if name.startswith(PARTS) == bool(prefix))
+        self._entries, self._begin = {name[len(prefix) :]: header[name] for name in mine}, 8 + size
 
     def __getitem__(self, name: str) -> Array:
         entry = self._entries[name]
@@ -160,10 +202,10 @@ def read_position(path: Path) -> dict[str, Any]:
         position: dict[str, Any] = json.loads(metadata.get("edgetune", "{}"))
     except (SafetensorError, OSError, ValueError) as error:
         raise StateError(f"the checkpoint {path} cannot be read ({error})") from None
-    if position.get("schema") != SCHEMA_VERSION:
+    if position.get("schema") not in READABLE:
         raise StateError(
-            f"the checkpoint {path} has version {position.get('schema')!r}; this EdgeTune knows version "
-            f"{SCHEMA_VERSION}: use the version that wrote it, or a new state directory"
+            f"the checkpoint {path} has version {position.get('schema')!r}; this EdgeTune knows versions "
+            f"{READABLE[0]} to {READABLE[-1]}: use the version that wrote it, or a new state directory"
         )
     return position
 
@@ -177,9 +219,18 @@ def prune(directory: Path) -> int:
 
 
 def set_aside(path: Path) -> None:
-    """Rename a damaged checkpoint so that it is neither read nor counted again."""
+    """Rename a checkpoint that cannot be used, so that it is neither read nor counted again; the last such are kept."""
     with guard(f"cannot rename the damaged checkpoint {path}"):
         os.replace(path, path.with_suffix(".damaged"))
+        for other in sorted(path.parent.glob("checkpoint-*.damaged"))[:-KEPT]:
+            other.unlink(missing_ok=True)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """Delete what a process that was killed while it wrote has left behind."""
+    for pattern in ("checkpoint-*.tmp", "calibration-*.tmp", "calibration-*.unnamed"):
+        for path in directory.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
 def _header(tensors: Mapping[str, Array], position: Mapping[str, Any]) -> bytes:

@@ -140,6 +140,13 @@ class Ledger:
         found = dict(self._db.execute("SELECT status, COUNT(*) FROM samples GROUP BY status").fetchall())
         return {status: found.get(status, 0) for status in STATUSES}
 
+    def trained(self) -> int:
+        """Return how many samples were trained, and are not quarantined."""
+        count: int = self._db.execute(
+            "SELECT COUNT(*) FROM samples WHERE status IN ('trained', 'replayable')"
+        ).fetchone()[0]
+        return count
+
     def samples(self) -> Iterator[Sample]:
         """Yield every row, oldest first."""
         for row in self._db.execute(f"SELECT {self._columns} FROM samples ORDER BY id"):

@@ -110,6 +110,7 @@ class Agent:
             "start", f"agent started on {config.data}", bundle=self.bundle.digest, model=self.bundle.manifest.model,
             batch=supply.batch, seed=supply.seed, engine=config.engine, budget_bytes=config.budget_bytes,
         )  # fmt: skip
+        self.keeper.begin()
         found = self.keeper.restore()
         supply.look()
         supply.rebuild()

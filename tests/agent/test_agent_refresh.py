@@ -106,8 +106,8 @@ def test_the_new_bases_are_in_the_checkpoint(changing: tuple[Path, Bundle]) -> N
     write(root, STRIPES, 1000, SECOND)
     run(root, bundle)
     (refresh,) = events(root, "refresh")
-    names = [path.name for path in (root / "state").glob("calibration-*")]
-    assert names == [f"calibration-{refresh['step']:08d}.safetensors"]
+    (name,) = (path.name for path in (root / "state").glob("calibration-*"))
+    assert name.startswith(f"calibration-{refresh['step']:08d}.")
     # A later run has them from its first step.
     write(root, STRIPES, 2000, 40)
     run(root, bundle)
