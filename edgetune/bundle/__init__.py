@@ -12,6 +12,7 @@ A bundle is a directory of plain files::
     update.onnx           parameters, gradients, optimizer state -> new parameters, new state
     accumulate.onnx       the mean (or sum) of gradients so far, those of the next piece of a batch -> that of both
     predict.onnx          features, parameters -> the model's outputs
+    infer.onnx            inputs -> the model's outputs, for use and not for training; without its weights
 
 This module may know numpy, safetensors and the errors; it must not know onnx, a runtime, or how a graph was made.
 """
@@ -19,7 +20,7 @@ This module may know numpy, safetensors and the errors; it must not know onnx, a
 from __future__ import annotations
 
 from edgetune.bundle.files import WEIGHTS, Array, Bundle, sha256_of, sync_directory, write_manifest
-from edgetune.bundle.graphs import ChoiceSpec, GraphSpec, StageSpec, TensorUse, WireSpec, Workspace
+from edgetune.bundle.graphs import ChoiceSpec, GraphSpec, InferenceSpec, StageSpec, TensorUse, WireSpec, Workspace
 from edgetune.bundle.manifest import FORMAT_VERSION, MANIFEST, Manifest
 from edgetune.bundle.specs import (
     TRACED,
@@ -36,6 +37,7 @@ from edgetune.bundle.specs import (
     SavedSpec,
     TensorSpec,
 )
+from edgetune.bundle.tensors import Place, places_in
 
 __all__ = [
     "FORMAT_VERSION",
@@ -49,6 +51,7 @@ __all__ = [
     "Bundle",
     "ChoiceSpec",
     "GraphSpec",
+    "InferenceSpec",
     "LayerSpec",
     "LossSpec",
     "Manifest",
@@ -56,6 +59,7 @@ __all__ = [
     "OptimizerSpec",
     "OptionSpec",
     "ParameterSpec",
+    "Place",
     "PreprocessSpec",
     "SavedSpec",
     "StageSpec",
@@ -63,6 +67,7 @@ __all__ = [
     "TensorUse",
     "WireSpec",
     "Workspace",
+    "places_in",
     "sha256_of",
     "sync_directory",
     "write_manifest",

@@ -68,6 +68,10 @@ class Bundle:
                     f"{file} is not the file that was exported (its SHA-256 differs); copy or export the bundle again"
                 )
         listed = set(manifest.files)
+        if manifest.inference.file not in listed:
+            raise BundleError(
+                f"{MANIFEST} names a graph without a hash: {manifest.inference.file}; export the bundle again"
+            )
         for graph in manifest.graphs.values():
             if not {graph.file, graph.flat_file, *(stage.file for stage in graph.stages)} <= listed:
                 raise BundleError(f"{MANIFEST} names a graph without a hash: {graph.file}; export the bundle again")

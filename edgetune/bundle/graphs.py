@@ -109,3 +109,14 @@ class GraphSpec:
     def run_stages(self) -> tuple[StageSpec, ...]:
         """Return what an engine runs: the stages, or the whole graph as the only one."""
         return self.stages or (StageSpec(self.flat_file, self.inputs, self.outputs, len(self.nodes)),)
+
+
+@dataclass(frozen=True)
+class InferenceSpec:
+    """The model for use, as one ordinary graph in ``file`` from the manifest's inputs to ``outputs`` (in the order of
+    the manifest's). The values of ``tensors`` are left out of the file: what is no parameter and no buffer among them
+    is in the file of weights under the same name."""
+
+    file: str
+    outputs: tuple[str, ...]
+    tensors: tuple[str, ...]

@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from edgetune.bundle.graphs import GraphSpec
+from edgetune.bundle.graphs import GraphSpec, InferenceSpec
 from edgetune.bundle.specs import (
     AdapterSpec,
     LayerSpec,
@@ -21,7 +21,7 @@ from edgetune.bundle.specs import (
 from edgetune.errors import BundleError
 from edgetune.plain import from_plain
 
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 MANIFEST = "manifest.json"
 
 
@@ -35,6 +35,7 @@ class Manifest:
         classes: their names, where the model is a classifier; else empty.
         buffers: what a training step changes besides the parameters (the running statistics of trained batch-norm);
             shapes without a batch. The train graph reads ``<name>`` and returns ``new/<name>``.
+        inference: the model for use, without its weights.
         adapter: what made weights of the tail computed ones, None if nothing did.
     """
 
@@ -55,6 +56,7 @@ class Manifest:
     saved: tuple[SavedSpec, ...]
     parameters: tuple[ParameterSpec, ...]
     graphs: Mapping[str, GraphSpec]
+    inference: InferenceSpec
     buffers: tuple[TensorSpec, ...] = ()
     adapter: AdapterSpec | None = None
     files: Mapping[str, str] = field(default_factory=dict)

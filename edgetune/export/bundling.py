@@ -39,6 +39,7 @@ from edgetune.export.adapting import adapt
 from edgetune.export.canonical import canonicalise, fold_frozen
 from edgetune.export.capture import Captured, capture
 from edgetune.export.emit import WeightFile, belongs_in_file
+from edgetune.export.inference import write_inference
 from edgetune.export.normalisation import settle_batch_norm
 from edgetune.export.optimizers import optimizer_named
 from edgetune.export.pieces import pieces_of_loss
@@ -216,6 +217,7 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
         options.optimizer, pieces,
     )  # fmt: skip
     graphs, saved = writer.write()
+    inference = write_inference(root, graph, weights, [*values, *state])
     optimizer = optimizer_named(options.optimizer)
     inputs = tuple(_spec(graph, n) for n in graph.inputs if n not in graph.targets)
     pairs = zip(graph.output_names, graph.outputs, strict=True)
@@ -240,6 +242,7 @@ def _write_all(root: Path, captured: Captured, options: ExportOptions, name: str
         saved=tuple(saved),
         parameters=_parameter_specs(selection, {p: v.shape for p, v in values.items()}),
         graphs=graphs,
+        inference=inference,
         buffers=tuple(TensorSpec(b, v.shape) for b, v in state.items()),
         adapter=adapter,
     )

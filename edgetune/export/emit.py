@@ -145,7 +145,7 @@ def write_graph(
     graph = helper.make_graph(nodes, name, [v.info() for v in used], [v.info() for v in outputs], initializers)
     functions = list(library.functions.values()) if library else []
     file = f"{name}.onnx"
-    model = _save(root / file, graph, functions)
+    model = save_checked(root / file, graph, functions)
     flat, flat_file = model, file
     if functions:
         flat = _flatten(model)
@@ -190,7 +190,8 @@ def _choices(flat: onnx.ModelProto) -> tuple[ChoiceSpec, ...]:
     return tuple(found)
 
 
-def _save(path: Path, graph: onnx.GraphProto, functions: Sequence[onnx.FunctionProto] = ()) -> onnx.ModelProto:
+def save_checked(path: Path, graph: onnx.GraphProto, functions: Sequence[onnx.FunctionProto] = ()) -> onnx.ModelProto:
+    """Write ``graph`` as a model of this project's opset, have onnx check it, and return it."""
     opsets = [helper.make_opsetid("", OPSET)] + ([helper.make_opsetid(DOMAIN, 1)] if functions else [])
     model = helper.make_model(
         graph, opset_imports=opsets, ir_version=IR_VERSION, functions=list(functions), producer_name="edgetune"
@@ -230,7 +231,7 @@ def _write_stages(
         constants = [tensor for key, tensor in known.items() if key in read]
         graph = helper.make_graph(part, f"{name}_{half}", taken, given, constants)
         file = f"{name}.{half}.onnx"
-        _save(root / file, graph)
+        save_checked(root / file, graph)
         end = boundary if half == "forward" else len(nodes)
         stages.append(StageSpec(file, tuple(v.name for v in taken), tuple(v.name for v in given), end))
     return tuple(stages)

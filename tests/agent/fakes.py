@@ -21,6 +21,7 @@ from edgetune.bundle import (
     Array,
     Bundle,
     GraphSpec,
+    InferenceSpec,
     LayerSpec,
     LossSpec,
     Manifest,
@@ -86,6 +87,7 @@ def make_manifest(model: str = "fake") -> Manifest:
         ),
         parameters=(ParameterSpec("head.weight", (3, 48), "head", "head"),),
         graphs={"train": train},
+        inference=InferenceSpec("infer.onnx", ("logits",), ("head.weight",)),
     )
 
 
@@ -94,6 +96,7 @@ def make_bundle(path: Path, model: str = "fake") -> Bundle:
     path.mkdir(parents=True)
     for name in ("train.onnx", "train.flat.onnx"):
         (path / name).write_text("not a graph: the fake session has its own")
+    (path / "infer.onnx").write_bytes(b"")  # an empty message: a graph without nodes
     weight = np.random.default_rng(0).normal(0, 0.01, (3, 48)).astype(np.float32)
     save_file({"head.weight": weight}, path / "weights.safetensors")
     return write_manifest(path, make_manifest(model))

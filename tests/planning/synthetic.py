@@ -9,6 +9,7 @@ import numpy as np
 from edgetune.bundle import (
     FORMAT_VERSION,
     GraphSpec,
+    InferenceSpec,
     LayerSpec,
     LossSpec,
     Manifest,
@@ -161,6 +162,7 @@ def manifest(
         saved=tuple(saved),
         parameters=tuple(parameters),
         graphs=graphs,
+        inference=InferenceSpec("infer.onnx", ("logits",), ()),
     )
 
 
