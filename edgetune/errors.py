@@ -78,6 +78,12 @@ class MemoryExhaustedError(EngineError):
     exit_code = 11
 
 
+class NotAliveError(EdgeTuneError):
+    """No agent works on the state directory, or it has failed. (12 is the supervisor's code for giving up.)"""
+
+    exit_code = 13
+
+
 def choices(values: Iterable[str]) -> str:
     """Return ``values`` sorted and joined, for the end of an error message."""
     return ", ".join(sorted(values))

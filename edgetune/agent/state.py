@@ -24,6 +24,8 @@ from edgetune.agent.storage import guard, write_atomic
 from edgetune.errors import StateError
 
 SCHEMA_VERSION = 1
+LOCK = "lock"
+"""The file that is locked while an agent runs; its time is the agent's last sign of life."""
 
 
 class StateDirectory:
@@ -42,14 +44,12 @@ class StateDirectory:
         self.path = path
         with guard(f"cannot use the state directory {path}"):
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            self._lock = os.open(path / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        if not _locked(self._lock):
             os.close(self._lock)
             raise StateError(
                 f"the state directory {path} is in use by another agent; stop that one, or give another --state"
-            ) from None
+            )
         try:
             self.batch, self.seed = self._identify(digest, model, batch, seed)
         except BaseException:
@@ -97,6 +97,18 @@ class StateDirectory:
                     f"--{name} away, or give another --state"
                 )
         return int(known["batch"]), int(known["seed"])
+
+
+def _locked(descriptor: int) -> bool:
+    """Lock the file for this process; return whether that worked. Who only looks whether an agent is alive
+    (``service/life.py``) holds it for an instant, and is waited for."""
+    for pause_seconds in (0.02, 0.1, 0.3, 0.0):
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except OSError:
+            time.sleep(pause_seconds)
+    return False
 
 
 def read_identity(path: Path) -> dict[str, Any]:
