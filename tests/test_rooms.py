@@ -54,8 +54,10 @@ TABLE = {
     # Looks at the machine and at what is installed; loads a runtime only in a process of its own.
     "doctor": Room(_words("errors units telemetry"), lazy_libraries=_words("numpy onnxruntime")),
     "agent": Room(
-        _words("bundle planning engines telemetry codecs errors units"),
+        _words("bundle planning engines telemetry codecs errors units version"),
         _words("numpy PIL watchfiles rich safetensors tomli"),
+        # An endpoint for monitors is optional, and takes memory.
+        lazy_libraries=_words("prometheus_client"),
     ),
     "commands": Room(
         _ALL - _words("export autodiff"),
@@ -178,7 +180,7 @@ def test_the_table_keeps_what_the_design_promises() -> None:
     assert all("commands" not in reach(room) for room in TABLE if room != "__main__")
     assert all("testing" not in reach(room) for room in TABLE)
     assert not reach("testing") & {"agent", "commands"}
-    device = _words("errors units plain bundle codecs adapters planning engines telemetry agent")
+    device = _words("errors units version plain bundle codecs adapters planning engines telemetry agent")
     for room in device:
         assert reach(room) <= device
         assert not (TABLE[room].libraries | TABLE[room].lazy_libraries) & set(HOST_LIBRARIES)

@@ -123,8 +123,8 @@ def _run(instant: str, bundle: str, scratch: Path) -> None:
 
     real = parts.real_parts
 
-    def stopping() -> parts.Parts:
-        found = real()
+    def stopping(*, metrics: bool = False) -> parts.Parts:
+        found = real(metrics=metrics)
         session = found.session_factory
 
         def made(*args: Any, **kwargs: Any) -> NoReturn:

@@ -11,14 +11,19 @@ import json
 import os
 import platform
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 
 from edgetune.agent.parts import real_meter
+from edgetune.agent.service.exporter import Exporter
+from edgetune.agent.service.numbers import Numbers
 from edgetune.agent.storage import write_atomic
 from edgetune.agent.timeline import PhasePeaks
 from edgetune.bundle import Bundle, Manifest
@@ -35,6 +40,7 @@ from edgetune.units import MIB
 # What a run imports beside engine and planner; some of it only when it is first used.
 _AGENT = ("edgetune.agent.loop", "rich.live", "rich.panel", "rich.progress_bar", "rich.table")
 _DISTRIBUTIONS = ("onnxruntime", "onnxruntime-gpu", "torch", "numpy", "onnx")
+_METRICS = "metrics"
 _MEASURE = 4
 """Counts up when what is measured changes: figures remembered before do not hold then."""
 TORCH_SAMPLES, TORCH_EPSILON = 16, 0.25
@@ -43,7 +49,7 @@ than is predicted. Less would put large batches too low, and more, small and com
 docs/memory.md)."""
 
 
-def runtime_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> int:
+def runtime_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean", *, metrics: bool = False) -> int:
     """Return the figure by which ``edgetune plan`` and ``edgetune run`` both plan, measured once and remembered.
 
     Two processes that do the same differ by some 0.3 MiB in what they hold (which pages of a library were touched,
@@ -52,14 +58,17 @@ def runtime_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean") ->
     ``$XDG_CACHE_HOME/edgetune`` (``~/.cache/edgetune``) per bundle, engine, kind of memory, versions and number of
     processors. Where nothing can be written there it is measured anew each time, and only the rounding is left.
 
+    Args:
+        metrics: with an endpoint for monitors, its library and its thread.
+
     Raises:
         EngineError: the measuring process failed.
     """
-    known = remembered_bytes(bundle, engine, memory)
+    known = remembered_bytes(bundle, engine, memory, metrics=metrics)
     if known is not None:
         return known
-    file = _file(bundle, engine, memory)
-    found = -(-(measure_runtime_apart(bundle, engine, memory) + MIB // 4) // MIB) * MIB
+    file = _file(bundle, engine, memory, metrics)
+    found = -(-(measure_runtime_apart(bundle, engine, memory, metrics=metrics) + MIB // 4) // MIB) * MIB
     note = {"runtime_bytes": found, "bundle": bundle.digest, "engine": choose_engine(engine).name, "memory": memory}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -69,10 +78,12 @@ def runtime_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean") ->
     return found
 
 
-def remembered_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> int | None:
+def remembered_bytes(
+    bundle: Bundle, engine: str = "auto", memory: str = "lean", *, metrics: bool = False
+) -> int | None:
     """Return the figure that :func:`runtime_bytes` has remembered; None where there is none that can be read."""
     try:
-        found = json.loads(_file(bundle, engine, memory).read_bytes())["runtime_bytes"]
+        found = json.loads(_file(bundle, engine, memory, metrics).read_bytes())["runtime_bytes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if type(found) is int and found > 0 else None
@@ -128,7 +139,7 @@ def measure_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") 
     return max(0, max(beyond) - counted)
 
 
-def measure_runtime_apart(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> int:
+def measure_runtime_apart(bundle: Bundle, engine: str = "auto", memory: str = "lean", *, metrics: bool = False) -> int:
     """Return what :func:`measure_runtime` finds in a new process that has loaded what an agent loads, whatever this one
     holds already.
 
@@ -139,6 +150,7 @@ def measure_runtime_apart(bundle: Bundle, engine: str = "auto", memory: str = "l
     here = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
     command = [sys.executable, "-m", "edgetune.agent.baseline", str(bundle.path.resolve()), engine, memory]
+    command += [_METRICS] * metrics
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     if done.returncode == -signal.SIGKILL:
         raise MemoryExhaustedError("the process that measures the runtime was killed; most likely memory ran out")
@@ -147,7 +159,7 @@ def measure_runtime_apart(bundle: Bundle, engine: str = "auto", memory: str = "l
     return int(done.stdout.split()[-1])
 
 
-def _file(bundle: Bundle, engine: str, memory: str) -> Path:
+def _file(bundle: Bundle, engine: str, memory: str, metrics: bool) -> Path:
     """Return where one figure is remembered; its name is a digest of all that tells it from another."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     # The base directory specification: a relative path is to be ignored.
@@ -155,6 +167,7 @@ def _file(bundle: Bundle, engine: str, memory: str) -> Path:
     known = {entry.metadata["Name"]: entry.version for entry in map(_distribution, _DISTRIBUTIONS) if entry is not None}
     parts = [_MEASURE, bundle.digest, choose_engine(engine).name, memory, sys.version, platform.platform(), known]
     parts += [str(Path(__file__).resolve()), len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")]
+    parts += [_METRICS] * metrics
     return root / "edgetune" / "runtime" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.json"
 
 
@@ -183,7 +196,22 @@ def load_agent(manifest: Manifest) -> None:
     make_plan(manifest, batch=8, calibration=None, budget_bytes=1 << 50, runtime_bytes=0)
 
 
+@contextmanager
+def serving_metrics() -> Iterator[None]:
+    """Within the block there is an endpoint for monitors, which has answered once."""
+    exporter = Exporter(Numbers(), "127.0.0.1", 0)
+    with socket.create_connection(("127.0.0.1", exporter.port)) as client:
+        client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        while client.recv(4096):
+            pass
+    try:
+        yield
+    finally:
+        exporter.close()
+
+
 if __name__ == "__main__":
     opened = Bundle.open(sys.argv[1], verify=False)
     load_agent(opened.manifest)
-    sys.stdout.write(f"{measure_runtime(opened, *sys.argv[2:])}\n")
+    with serving_metrics() if _METRICS in sys.argv[4:] else nullcontext():
+        sys.stdout.write(f"{measure_runtime(opened, *sys.argv[2:4])}\n")

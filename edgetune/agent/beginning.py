@@ -11,6 +11,7 @@ from typing import Any
 
 from edgetune.agent.budget import PER_LAYER, PlanRequest, release_memory
 from edgetune.agent.comparing import BATCHES, chooses, compare
+from edgetune.agent.service.states import State
 from edgetune.agent.work import Work
 from edgetune.bundle import Array
 from edgetune.engines.calibration import calibrate
@@ -27,9 +28,11 @@ def begin(work: Work, stopping: Callable[[], bool]) -> None:
     Waits for a batch first; nothing is done if ``stopping()`` before there is one.
     """
     while not work.supply.ready() and not stopping():
+        work.journal.enter(State.WAITING, "for samples")
         work.supply.wait()
     if stopping():
         return
+    work.journal.enter(State.CALIBRATING, "on the first batches")
     work.enforcer.heed_deaths()
     started = time.perf_counter()
     work.parts.meter.reset()

@@ -15,6 +15,7 @@ from edgetune.agent.budget import Budgeter, Held, release_memory
 from edgetune.agent.deaths import Deaths
 from edgetune.agent.governor import Action, Condition, Governor, Reading, margin
 from edgetune.agent.journal import Journal
+from edgetune.agent.service.states import State
 from edgetune.errors import BudgetError
 from edgetune.planning.plan import Plan
 from edgetune.planning.selection import described
@@ -288,6 +289,7 @@ class Enforcer:
         fields |= self.figures()
         self.journal.event("paused", text, step=self._step(), reason=reason, least_bytes=least_bytes, **fields)
         self._save()
+        self.journal.enter(State.PAUSED, f"memory: {reason}")
         release_memory()
 
 

@@ -1,4 +1,5 @@
-"""Tells what happens: to the run log, to the view, and in plain words to the console when the disk fails.
+"""Tells what happens: to the run log, to the view, to whoever listens, and in plain words to the console when the disk
+fails. It also knows in which state the agent is, because a change of state is an event.
 
 The journal never raises on a failing disk: lines that could not be written wait in memory and are tried again.
 """
@@ -8,8 +9,10 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
+from edgetune.agent.service.states import Standing, State
 from edgetune.agent.view import View
 from edgetune.errors import StorageError
 from edgetune.telemetry.runlog import RunLog, plain
@@ -17,12 +20,31 @@ from edgetune.telemetry.runlog import RunLog, plain
 _MOST_WAITING_LINES = 1000
 
 
+class Listener(Protocol):
+    """Hears of everything that happens (``agent.service.service.Service``)."""
+
+    def beside(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return what is to be logged beside the event that ``fields`` describe."""
+        ...
+
+    def heard(self, record: Mapping[str, Any]) -> None:
+        """Take a record of the run log."""
+        ...
+
+    def alive(self) -> None:
+        """Take a sign of life; called often."""
+        ...
+
+
 class Journal:
-    """Writes events; ``storage_failed`` is whether the disk is refusing at the moment."""
+    """Writes events; ``storage_failed`` is whether the disk is refusing at the moment, ``standing`` the agent's state
+    (None: it has not begun)."""
 
     def __init__(self, log: RunLog, view: View) -> None:
         self.log, self.view = log, view
+        self.listener: Listener | None = None
         self.storage_failed = False
+        self.standing: Standing | None = None
         self._waiting: deque[dict[str, Any]] = deque(maxlen=_MOST_WAITING_LINES)
 
     def event(self, event: str, message: str = "", **fields: Any) -> None:
@@ -30,9 +52,25 @@ class Journal:
         if message:
             fields["message"] = message
             self.view.event(message)
+        if self.listener is not None:
+            fields |= self.listener.beside(fields)
         record = {"event": event, "time": round(time.time(), 3), **plain(fields)}
         self._waiting.append(record)
         self.drain()
+        if self.listener is not None:
+            self.listener.heard(record)
+
+    def enter(self, state: State, reason: str = "") -> None:
+        """Note that the agent is in ``state`` now; a change is an event."""
+        found = Standing(state, reason)
+        if found != self.standing:
+            self.standing = found
+            self.event("state", state=state.value, reason=reason)
+
+    def alive(self) -> None:
+        """Give a sign of life. Cheap: whatever takes long may call it as often as it likes."""
+        if self.listener is not None:
+            self.listener.alive()
 
     def drain(self) -> None:
         """Write what waits, as far as the disk lets it."""

@@ -14,6 +14,7 @@ from edgetune.agent.beginning import begin, resume
 from edgetune.agent.checkpoint import Checkpoint
 from edgetune.agent.config import AgentConfig
 from edgetune.agent.feeder import Feeder
+from edgetune.agent.governor import Condition
 from edgetune.agent.images import Decoder
 from edgetune.agent.intake import Intake
 from edgetune.agent.journal import Journal
@@ -21,9 +22,11 @@ from edgetune.agent.keeper import Keeper
 from edgetune.agent.ledger import Ledger
 from edgetune.agent.parts import Parts, real_parts
 from edgetune.agent.rehearsal import rehearse
+from edgetune.agent.service.service import Service
+from edgetune.agent.service.states import State
 from edgetune.agent.signals import stopping_on_signals
 from edgetune.agent.sources import open_source
-from edgetune.agent.state import StateDirectory
+from edgetune.agent.state import LOCK, StateDirectory
 from edgetune.agent.step import train_step
 from edgetune.agent.supply import Supply
 from edgetune.agent.view import View, make_view
@@ -31,6 +34,7 @@ from edgetune.agent.work import Work
 from edgetune.bundle import Bundle
 from edgetune.errors import BudgetError, MemoryExhaustedError, StorageError
 from edgetune.telemetry.runlog import RunLog
+from edgetune.version import __version__
 
 RETRY_SAVE_SECONDS = 60.0  # while the agent waits and the disk refuses
 
@@ -71,9 +75,17 @@ def run_agent(bundle: Bundle, config: AgentConfig, *, parts: Parts | None = None
         stack.callback(log.close)
         shown = make_view(quiet=config.quiet) if view is None else view
         stack.callback(shown.close)
-        agent = Agent(bundle, config, state, ledger, Journal(log, shown), Feeder(source, decoder))
-        with stopping_on_signals(agent):
-            return agent.run(parts)
+        journal = Journal(log, shown)
+        what = {"version": __version__, "model": manifest.model, "bundle": bundle.digest}
+        service = Service(config.service, journal, state.path / LOCK, what)
+        stack.callback(service.close)
+        agent = Agent(bundle, config, state, ledger, journal, Feeder(source, decoder), service)
+        try:
+            with stopping_on_signals(agent):
+                return agent.run(parts)
+        except Exception as error:
+            journal.enter(State.FAILED, str(error))
+            raise
 
 
 class Agent:
@@ -87,7 +99,9 @@ class Agent:
         ledger: Ledger,
         journal: Journal,
         feeder: Feeder,
+        service: Service,
     ) -> None:
+        self.service = service
         self.bundle, self.config, self.ledger, self.journal, self.feeder = bundle, config, ledger, journal, feeder
         self.keeper = Keeper(state.path, ledger, journal)
         intake = Intake(
@@ -100,12 +114,14 @@ class Agent:
         self._retry_save_at = 0.0
 
     def stopping(self) -> bool:
-        """Return whether somebody asked for an end."""
+        """Return whether somebody asked for an end. Whoever asks is alive."""
+        self.journal.alive()
         return self.stop_reason is not None
 
     def run(self, parts: Parts | None) -> Outcome:
         """Do everything; see :func:`run_agent`."""
         config, supply = self.config, self.supply
+        self.journal.enter(State.CALIBRATING, "starting")
         self.journal.event(
             "start", f"agent started on {config.data}", bundle=self.bundle.digest, model=self.bundle.manifest.model,
             batch=supply.batch, seed=supply.seed, engine=config.engine, budget_bytes=config.budget_bytes,
@@ -116,7 +132,8 @@ class Agent:
         supply.rebuild()
         if config.once and found is None and self.stop_reason is None and not supply.ready():
             raise supply.no_data()
-        parts = real_parts() if parts is None else parts
+        if parts is None:
+            parts = real_parts(metrics=config.service.metrics_port is not None)
         self.journal.event("engine", parts.engine(config.engine))
         work = self.work = Work(
             self.bundle, config, parts,
@@ -174,19 +191,33 @@ class Agent:
             if not self.supply.ready():
                 if config.once:
                     return "every sample is trained"
+                self.journal.enter(State.WAITING, "for samples")
                 # Waiting may take days: what is trained must not depend on the power staying on.
                 if work.step != self.keeper.saved_step and time.monotonic() >= self._retry_save_at:
                     work.save()
                     self._retry_save_at = time.monotonic() + RETRY_SAVE_SECONDS
                 self.supply.wait()
-            elif work.go_on(self.stopping) and train_step(work) and work.step % config.checkpoint_every == 0:
-                work.save()
-                if not config.once:
-                    self.supply.look()
+            elif work.go_on(self.stopping):
+                self._enter_training()
+                if train_step(work) and work.step % config.checkpoint_every == 0:
+                    work.save()
+                    self.service.counted(self.ledger.counts)
+                    if not config.once:
+                        self.supply.look()
         return self.stop_reason
+
+    def _enter_training(self) -> None:
+        """Say whether training goes as asked, and if not, why."""
+        reasons = []
+        if self.work.enforcer.condition is Condition.DEGRADED:
+            reasons.append("less memory than was asked for")
+        if self.journal.storage_failed:
+            reasons.append("the disk refuses what is written: what is learned is in memory only")
+        self.journal.enter(State.DEGRADED if reasons else State.TRAINING, "; ".join(reasons))
 
     def _finish(self, reason: str) -> Outcome:
         work = self.work
+        self.service.notifier.stopping()
         began = work.step > 0 or self.keeper.saved_step is not None or self.journal.storage_failed
         if began and (work.step != self.keeper.saved_step or self.ledger.dirty or self.journal.storage_failed):
             # Who asks for a stop does not wait for an evaluation; a service manager may kill what takes long.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 from edgetune.bundle import Array, Bundle
@@ -99,8 +100,11 @@ class Parts:
     resident_bytes: Callable[[], int] = int
 
 
-def real_parts() -> Parts:
+def real_parts(*, metrics: bool = False) -> Parts:
     """Return the parts of a real run. Imports the engines.
+
+    Args:
+        metrics: the run has an endpoint for monitors, whose memory counts to the runtime's.
 
     Raises:
         EngineError: no runtime is installed.
@@ -116,7 +120,8 @@ def real_parts() -> Parts:
     def reserve_bytes(engine: str) -> int:
         return reserve_bytes_of(choose_engine(engine).name)
 
-    return Parts(TrainingSession, meter, runtime_bytes, reserve_bytes, describe_engine, available_bytes, taken_bytes)
+    figure = partial(runtime_bytes, metrics=metrics)
+    return Parts(TrainingSession, meter, figure, reserve_bytes, describe_engine, available_bytes, taken_bytes)
 
 
 def real_meter() -> tuple[Meter, Callable[[], int]]:

@@ -11,6 +11,7 @@ import time
 from edgetune.agent.beginning import go_back
 from edgetune.agent.budget import release_memory
 from edgetune.agent.feeder import Fed
+from edgetune.agent.service.states import State
 from edgetune.agent.work import Work
 from edgetune.errors import DataError, MemoryExhaustedError
 from edgetune.planning.spectra import Calibration
@@ -103,6 +104,7 @@ def _refresh(work: Work) -> None:
     """Measure new bases on the batches that come next: the one in which they fell may hold old and new data."""
     if len(work.supply.preview(work.batch)) < work.batch:
         return  # too little data to tell
+    work.journal.enter(State.CALIBRATING, "new bases")
     features = work.next_features(work.refresher.batches(work.batch, work.config.calibration_batches))
     try:
         session = work.measuring("new bases")

@@ -9,24 +9,25 @@ from typing import Any
 from edgetune.agent import checkpoint as checkpoints
 from edgetune.agent.ledger import Ledger
 from edgetune.agent.ledger_schema import STATUSES
+from edgetune.agent.service.life import Standings, life_of
 from edgetune.agent.state import read_identity
 from edgetune.engines.certificate import Certificate
 from edgetune.errors import StateError
 from edgetune.telemetry import runlog
 
-_ROUTINE = ("step", "evaluated", "checkpoint", "timeline")
+_ROUTINE = ("step", "evaluated", "checkpoint", "timeline", "state")
 _CONDITION = ("asked_bytes", "effective_budget_bytes", "available_bytes", "available_source", "least_bytes")
 
 
 def status(path: Path) -> dict[str, Any]:
     """Return where the run in the state directory ``path`` stands, as JSON data.
 
-    Keys: state, model, bundle, batch, seed, step (of the newest intact checkpoint; None: none yet), logged_step (the
-    last step in the log), accuracy_before, accuracy (held out), samples (per ledger status), quarantined (the last ten:
-    path and reason), plan, energy (captured, per saved tensor: promised and measured), refreshes (of the bases, up to
-    that step), condition (state: running, degraded or paused; reason: of the last change; asked_bytes,
-    effective_budget_bytes, available_bytes and its source; least_bytes: what a wait was for; None: nothing logged yet),
-    last_event.
+    Keys: agent (how it stands: see ``Standings.standing``), state, model, bundle, batch, seed, step (of the newest
+    intact checkpoint; None: none yet), logged_step (the last step in the log), accuracy_before, accuracy (held out),
+    samples (per ledger status), quarantined (the last ten: path and reason), plan, energy (captured, per saved tensor:
+    promised and measured), refreshes (of the bases, up to that step), condition (state: running, degraded or paused;
+    reason: of the last change; asked_bytes, effective_budget_bytes, available_bytes and its source; least_bytes: what a
+    wait was for; None: nothing logged yet), last_event.
 
     Raises:
         StateError: not a state directory, or damaged.
@@ -41,7 +42,9 @@ def status(path: Path) -> dict[str, Any]:
     certificate = Certificate.from_plain(position["certificate"]) if "certificate" in position else None
     counts, quarantined = _samples(path)
     last_event, logged_step, condition = None, None, dict[str, Any]()
+    standings = Standings()
     for record in runlog.read(path / "log.jsonl"):
+        standings.take(record)
         if "condition" in record:
             figures = {name: record[name] for name in _CONDITION if name in record}
             condition = {**condition, "state": record["condition"], **figures}
@@ -52,6 +55,7 @@ def status(path: Path) -> dict[str, Any]:
         if record["event"] not in _ROUTINE:
             last_event = record
     return {
+        "agent": standings.standing(life_of(path)),
         "state": str(path),
         "model": identity["model"],
         "bundle": identity["bundle"],
@@ -69,6 +73,19 @@ def status(path: Path) -> dict[str, Any]:
         "condition": condition or None,
         "last_event": last_event,
     }
+
+
+def standing(path: Path) -> dict[str, Any]:
+    """Return how the agent of the state directory ``path`` stands (``Standings.standing``), and nothing else: cheap.
+
+    Raises:
+        StateError: not a state directory, or damaged.
+    """
+    read_identity(path)
+    standings = Standings()
+    for record in runlog.read(path / "log.jsonl"):
+        standings.take(record)
+    return standings.standing(life_of(path))
 
 
 def report(path: Path) -> dict[str, Any]:

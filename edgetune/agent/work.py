@@ -119,6 +119,7 @@ class Work:
     @contextmanager
     def computing(self, what: str) -> Iterator[None]:
         """Within the block an engine computes: under the hard stop, and telling in one way what runs out."""
+        self.journal.alive()
         with telling_exhaustion(what), ceiling(self.enforcer.spare_bytes):
             yield
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -11,12 +12,22 @@ import typer
 def status(
     state: Annotated[Path, typer.Argument(help="The state directory of a run.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="One line; exit code 13 if no agent is alive and well there.")
+    ] = False,
 ) -> None:
-    """Show step, accuracy, samples, plan and last event of a run."""
+    """Show what the agent does; step, accuracy, samples, plan and last event of its run."""
     import json
 
+    from edgetune.agent.service.life import require_alive
+    from edgetune.agent.summary import standing
     from edgetune.agent.summary import status as summarize
 
+    if check:
+        stands = standing(state)
+        require_alive(state, stands)
+        print(json.dumps(stands, indent=1) if as_json else _told(stands))
+        return
     found = summarize(state)
     if as_json:
         print(json.dumps(found, indent=1))
@@ -29,6 +40,7 @@ def status(
     from edgetune.units import format_bytes
 
     table = Table(title=f"{found['model']} in {found['state']}", show_header=False)
+    table.add_row("agent", _told(found["agent"]))
     stored = "none yet" if found["step"] is None else str(found["step"])
     table.add_row("step", f"{stored} stored, {found['logged_step'] or 0} logged")
     table.add_row(
@@ -64,6 +76,19 @@ def status(
     if (last := found["last_event"]) is not None:
         table.add_row("last event", str(last.get("message", last["event"])))
     Console(markup=False, emoji=False).print(table)
+
+
+def _told(stands: dict[str, Any]) -> str:
+    """Return in words how the agent stands."""
+    if stands["state"] is None:
+        return "is starting" if stands["alive"] else "none has run yet"
+    reason = f": {stands['reason']}" if stands["reason"] else ""
+    since = (
+        ""
+        if stands["since"] is None
+        else f", since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(stands['since']))}"
+    )
+    return f"{stands['state']}{reason}{since}"
 
 
 def _percent(value: float | None) -> str:

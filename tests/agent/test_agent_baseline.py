@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,8 +21,8 @@ def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str,
     """Replace the measurement by one that finds a page more each time; return what it was asked for."""
     asked: list[tuple[str, str]] = []
 
-    def measure(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> int:
-        asked.append((engine, memory))
+    def measure(bundle: Bundle, engine: str = "auto", memory: str = "lean", *, metrics: bool = False) -> int:
+        asked.append((engine, memory + "+metrics" * metrics))
         return 80 * MIB + 4096 * len(asked)
 
     monkeypatch.setattr(baseline, "measure_runtime_apart", measure)
@@ -45,6 +47,36 @@ def test_another_engine_or_kind_of_memory_is_another_figure(
     baseline.runtime_bytes(bundle_of("hosvd"), engine, memory)
     baseline.runtime_bytes(bundle_of("dense"), "onnxruntime")
     assert measured == [("onnxruntime", "lean"), (engine, memory), ("onnxruntime", "lean")]
+
+
+def test_an_endpoint_for_monitors_is_another_figure(measured: list[tuple[str, str]]) -> None:
+    for metrics in (False, True, False, True):
+        baseline.runtime_bytes(bundle_of("hosvd"), "onnxruntime", metrics=metrics)
+    assert measured == [("onnxruntime", "lean"), ("onnxruntime", "lean+metrics")]
+
+
+def test_the_endpoint_is_in_memory_while_the_runtime_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the measuring process, which prints the figure: here, what is resident where it would measure."""
+    program = (
+        "import runpy, sys\n"
+        "from edgetune.agent import baseline, parts\n"
+        "from edgetune.telemetry.process import resident_bytes\n"
+        "before = resident_bytes()\n"
+        "with baseline.serving_metrics():\n"
+        "    print(resident_bytes() - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert 2 * MIB < int(done.stdout) < 16 * MIB
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 0, stdout="7\n", stderr="")
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert baseline.measure_runtime_apart(bundle_of("hosvd"), metrics=True) == 7
+    assert baseline.measure_runtime_apart(bundle_of("hosvd")) == 7
+    assert commands[0] == [*commands[1], "metrics"]
 
 
 @pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"runtime_bytes": -1}', b'{"runtime_bytes": true}'])

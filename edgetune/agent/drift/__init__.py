@@ -1,1 +1,4 @@
-"""Drift: notices that the world has changed, and when nothing changes at all."""
+"""Does the world change? Detectors on numbers that every step measures, and what is done about what they find.
+
+Pure arithmetic; nothing is imported by the package itself.
+"""

@@ -1,1 +1,4 @@
-"""The agent as a good neighbour: when it yields to others, and how it tells the world what it is doing."""
+"""The agent as a service: states, what service managers and monitors are told of them, and when training yields.
+
+Nothing of training is known here, and nothing is imported by the package itself.
+"""
