@@ -122,6 +122,7 @@ def plan(
     tail_micro_batch: int | None = None,
     trained: int | None = None,
     cache: str | int | None = None,
+    memory: str = "lean",
 ) -> Plan:
     """Return the plan for ``bundle``: codecs and ranks, and what they take, at the largest ε that fits the budget.
 
@@ -139,6 +140,8 @@ def plan(
         tail_micro_batch: fix the samples per run of the train graph; fewer than ``batch``: the gradient is accumulated.
         trained: fix how many weight layers before the head are trained, counted from the output.
         cache: what features that are kept from pass to pass may take; None: nothing.
+        memory: ``lean`` | ``fast``, the tensors of a run in one block: a faster step, and more memory | ``auto``, that
+            where it fits the budget. Of onnxruntime on a CPU; elsewhere it is ``lean``.
 
     Raises:
         BudgetError: nothing fits; the message names the least budget that does.
@@ -161,6 +164,7 @@ def plan(
         tail_micro_batch=tail_micro_batch,
         trained=trained,
         cache_bytes=None if cache is None else parse_bytes(cache),
+        memory=memory,
     )
 
 

@@ -31,9 +31,10 @@ def plan_bundle(
     tail_micro_batch: int | None = None,
     trained: int | None = None,
     cache_bytes: int | None = None,
+    memory: str = "lean",
 ) -> Plan:
     """Calibrate on the batches (inputs, targets) of ``calibration`` if given, then plan; see :func:`edgetune.plan`."""
-    from edgetune.engines.choice import choose_engine
+    from edgetune.engines.choice import choose_engine, packs
     from edgetune.planning.plan import make_plan, reserve_bytes_of
 
     limited = budget_bytes is not None or activation_budget_bytes is not None
@@ -58,6 +59,7 @@ def plan_bundle(
         tail_micro_batch=tail_micro_batch,
         trained=trained,
         cache_bytes=cache_bytes,
+        memory=memory if packs(engine) else "lean",
     )
 
 

@@ -49,13 +49,13 @@ than is predicted. Less would put large batches too low, and more, small and com
 docs/memory.md)."""
 
 
-def runtime_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean", *, metrics: bool = False) -> int:
+def runtime_bytes(bundle: Bundle, engine: str = "auto", *, metrics: bool = False) -> int:
     """Return the figure by which ``edgetune plan`` and ``edgetune run`` both plan, measured once and remembered.
 
     Two processes that do the same differ by some 0.3 MiB in what they hold (which pages of a library were touched,
     where the heap ends). So a budget that one of them names as the least might be refused by the next. The figure is
     therefore measured in a process of its own, rounded up to a whole MiB (by a quarter at least), and kept in
-    ``$XDG_CACHE_HOME/edgetune`` (``~/.cache/edgetune``) per bundle, engine, kind of memory, versions and number of
+    ``$XDG_CACHE_HOME/edgetune`` (``~/.cache/edgetune``) per bundle, engine, versions and number of
     processors. Where nothing can be written there it is measured anew each time, and only the rounding is left.
 
     Args:
@@ -64,12 +64,12 @@ def runtime_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean", *,
     Raises:
         EngineError: the measuring process failed.
     """
-    known = remembered_bytes(bundle, engine, memory, metrics=metrics)
+    known = remembered_bytes(bundle, engine, metrics=metrics)
     if known is not None:
         return known
-    file = _file(bundle, engine, memory, metrics)
-    found = -(-(measure_runtime_apart(bundle, engine, memory, metrics=metrics) + MIB // 4) // MIB) * MIB
-    note = {"runtime_bytes": found, "bundle": bundle.digest, "engine": choose_engine(engine).name, "memory": memory}
+    file = _file(bundle, engine, metrics)
+    found = -(-(measure_runtime_apart(bundle, engine, metrics=metrics) + MIB // 4) // MIB) * MIB
+    note = {"runtime_bytes": found, "bundle": bundle.digest, "engine": choose_engine(engine).name}
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, json.dumps(note).encode())
@@ -78,18 +78,16 @@ def runtime_bytes(bundle: Bundle, engine: str = "auto", memory: str = "lean", *,
     return found
 
 
-def remembered_bytes(
-    bundle: Bundle, engine: str = "auto", memory: str = "lean", *, metrics: bool = False
-) -> int | None:
+def remembered_bytes(bundle: Bundle, engine: str = "auto", *, metrics: bool = False) -> int | None:
     """Return the figure that :func:`runtime_bytes` has remembered; None where there is none that can be read."""
     try:
-        found = json.loads(_file(bundle, engine, memory, metrics).read_bytes())["runtime_bytes"]
+        found = json.loads(_file(bundle, engine, metrics).read_bytes())["runtime_bytes"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return found if type(found) is int and found > 0 else None
 
 
-def measure_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> int:
+def measure_runtime(bundle: Bundle, engine: str = "auto") -> int:
     """Return what one step takes in this process beyond what the planner counts of it.
 
     Every graph is run on zeros: code and tables of a runtime come into memory when they are first used, not when they
@@ -106,7 +104,7 @@ def measure_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") 
     count = TORCH_SAMPLES if torch else 1
     manifest = bundle.manifest
     plan = make_plan(manifest, batch=count, calibration=None, epsilon=TORCH_EPSILON if torch else 1.0, runtime_bytes=0)
-    session = TrainingSession(bundle, plan, engine=engine, memory=memory)  # verified, as the agent's own session is
+    session = TrainingSession(bundle, plan, engine=engine)  # verified, as the agent's own session is
     x = {spec.name: np.zeros((count, *spec.shape), spec.dtype) for spec in manifest.inputs}
     y = np.zeros((count, *manifest.targets.shape), manifest.targets.dtype)
     features = list(session.features(x))
@@ -139,7 +137,7 @@ def measure_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") 
     return max(0, max(beyond) - counted)
 
 
-def measure_runtime_apart(bundle: Bundle, engine: str = "auto", memory: str = "lean", *, metrics: bool = False) -> int:
+def measure_runtime_apart(bundle: Bundle, engine: str = "auto", *, metrics: bool = False) -> int:
     """Return what :func:`measure_runtime` finds in a new process that has loaded what an agent loads, whatever this one
     holds already.
 
@@ -149,7 +147,7 @@ def measure_runtime_apart(bundle: Bundle, engine: str = "auto", memory: str = "l
     """
     here = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-    command = [sys.executable, "-m", "edgetune.agent.baseline", str(bundle.path.resolve()), engine, memory]
+    command = [sys.executable, "-m", "edgetune.agent.baseline", str(bundle.path.resolve()), engine]
     command += [_METRICS] * metrics
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": path})
     if done.returncode == -signal.SIGKILL:
@@ -159,13 +157,13 @@ def measure_runtime_apart(bundle: Bundle, engine: str = "auto", memory: str = "l
     return int(done.stdout.split()[-1])
 
 
-def _file(bundle: Bundle, engine: str, memory: str, metrics: bool) -> Path:
+def _file(bundle: Bundle, engine: str, metrics: bool) -> Path:
     """Return where one figure is remembered; its name is a digest of all that tells it from another."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     # The base directory specification: a relative path is to be ignored.
     root = Path(given) if os.path.isabs(given) else Path(os.path.expanduser("~")) / ".cache"
     known = {entry.metadata["Name"]: entry.version for entry in map(_distribution, _DISTRIBUTIONS) if entry is not None}
-    parts = [_MEASURE, bundle.digest, choose_engine(engine).name, memory, sys.version, platform.platform(), known]
+    parts = [_MEASURE, bundle.digest, choose_engine(engine).name, sys.version, platform.platform(), known]
     parts += [str(Path(__file__).resolve()), len(os.sched_getaffinity(0)), os.environ.get("OMP_NUM_THREADS")]
     parts += [_METRICS] * metrics
     return root / "edgetune" / "runtime" / f"{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]}.json"
@@ -213,5 +211,5 @@ def serving_metrics() -> Iterator[None]:
 if __name__ == "__main__":
     opened = Bundle.open(sys.argv[1], verify=False)
     load_agent(opened.manifest)
-    with serving_metrics() if _METRICS in sys.argv[4:] else nullcontext():
-        sys.stdout.write(f"{measure_runtime(opened, *sys.argv[2:4])}\n")
+    with serving_metrics() if _METRICS in sys.argv[3:] else nullcontext():
+        sys.stdout.write(f"{measure_runtime(opened, *sys.argv[2:3])}\n")

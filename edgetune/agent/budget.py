@@ -47,6 +47,7 @@ class PlanRequest:
     tail_micro_batch: int | None = None
     trained: int | None = None
     cache_bytes: int | None = None
+    memory: str = "lean"
 
 
 @dataclass(frozen=True)
@@ -256,7 +257,7 @@ class Budgeter:
         prediction = predict(
             settled_for(self.manifest, plan),
             batch=plan.batch, micro_batch=plan.micro_batch, ranks=plan.ranks, runtime_bytes=self.runtime_bytes,
-            tail_micro_batch=plan.tail_micro_batch, cache_bytes=plan.cache_bytes,
+            tail_micro_batch=plan.tail_micro_batch, cache_bytes=plan.cache_bytes, memory=plan.memory,
         )  # fmt: skip
         most = max((prediction.peaks[name].bytes for name in ITERATION if name in prediction.peaks), default=0)
         return sum(prediction.ledger[line] for line in ALWAYS_THERE) + most
@@ -280,6 +281,7 @@ class Budgeter:
                 micro_batch=request.micro_batch,
                 tail_micro_batch=request.tail_micro_batch,
                 cache_bytes=request.cache_bytes,
+                memory=request.memory,
                 **{"trained": request.trained, **how},
             )
 
@@ -329,6 +331,7 @@ def summary(plan: Plan) -> dict[str, Any]:
         "tail_micro_batch": plan.tail_micro_batch,
         "trained": plan.trained,
         "cache_bytes": plan.cache_bytes,
+        "memory": plan.memory,
         "why": list(plan.reasons),
         "predicted_peak_bytes": plan.predicted_peak_bytes,
         "budget_bytes": plan.budget_bytes,
@@ -347,7 +350,7 @@ def same_shape(one: Plan, other: Plan) -> bool:
         and one.calibration is other.calibration
         and (one.batch, one.micro_batch, one.tail_micro_batch)
         == (other.batch, other.micro_batch, other.tail_micro_batch)
-        and (one.trained, one.cache_bytes) == (other.trained, other.cache_bytes)
+        and (one.trained, one.cache_bytes, one.memory) == (other.trained, other.cache_bytes, other.memory)
     )
 
 

@@ -13,7 +13,7 @@ from edgetune.agent.replay.config import ReplayConfig
 from edgetune.agent.service.config import ServiceConfig
 from edgetune.agent.sources.config import IntakeConfig
 from edgetune.errors import UsageError, choices
-from edgetune.planning.plan import ALLOCATIONS
+from edgetune.planning.plan import ALLOCATIONS, MEMORY
 
 DEFAULT_BATCH = 32
 DEFAULT_SEED = 0
@@ -30,7 +30,7 @@ class AgentConfig:
         activation_budget_bytes: bytes saved for the backward pass; none = no limit.
         reserve_bytes: what is left to others of the memory that there is; none = 1/16 of it, at most 256 MiB.
         engine: auto, onnxruntime or torch.
-        memory: lean = the planned peak; fast = the engine may take more than planned where that saves time.
+        memory: lean = the least; fast = a run's tensors in one block, more memory and less time; auto = where it fits.
         batch: samples per step; none = as the state directory was made with, else 32.
         epsilon: energy kept per mode, in (0, 1]; none = the largest that fits the budget.
         allocation: uniform = one codec and one ε; per-layer = a codec and an ε for each saved tensor.
@@ -65,7 +65,7 @@ class AgentConfig:
     activation_budget_bytes: int | None = None
     reserve_bytes: int | None = None
     engine: str = "auto"
-    memory: str = "lean"
+    memory: str = "auto"
     batch: int | None = None
     epsilon: float | None = None
     allocation: str = "uniform"
@@ -128,6 +128,8 @@ class AgentConfig:
             wrong.append(f"--epsilon is {self.epsilon}; it must lie in (0, 1]")
         if self.allocation not in ALLOCATIONS:
             wrong.append(f"--allocation is {self.allocation}; choose one of: {choices(ALLOCATIONS)}")
+        if self.memory not in MEMORY:
+            wrong.append(f"--memory is {self.memory}; choose one of: {choices(MEMORY)}")
         if self.allocation == "per-layer" and (self.epsilon is not None or self.codec is not None):
             wrong.append("--allocation per-layer chooses codecs and ε by itself; leave out --codec and --epsilon")
         for name, given in self.hyper.items():

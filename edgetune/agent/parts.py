@@ -68,7 +68,6 @@ class SessionFactory(Protocol):
         engine: str,
         hyper: Mapping[str, float] | None,
         seed: int,
-        memory: str,
     ) -> Session: ...
 
 
@@ -86,16 +85,18 @@ class Meter(Protocol):
 class Parts:
     """The replaceable parts of an agent.
 
-    ``runtime_bytes(bundle, engine, memory)`` is what the process takes before anything of a plan is allocated;
-    ``reserve_bytes(engine)`` is left free of a budget; ``engine(asked)`` tells which engine runs, and why;
+    ``runtime_bytes(bundle, engine)`` is what the process takes before anything of a plan is allocated;
+    ``reserve_bytes(engine)`` is left free of a budget; ``engine(asked)`` tells which engine runs, and why,
+    ``packs(asked)`` whether it can keep the tensors of a run in one block;
     ``available()`` is what this process may still take, ``resident_bytes()`` what it has.
     """
 
     session_factory: SessionFactory
     meter: Meter
-    runtime_bytes: Callable[[Bundle, str, str], int]
+    runtime_bytes: Callable[[Bundle, str], int]
     reserve_bytes: Callable[[str], int] = lambda engine: 0
     engine: Callable[[str], str] = str
+    packs: Callable[[str], bool] = lambda engine: False
     available: Callable[[], Available] = lambda: Available(UNKNOWN_BYTES, "nothing tells")
     resident_bytes: Callable[[], int] = int
 
@@ -110,7 +111,7 @@ def real_parts(*, metrics: bool = False) -> Parts:
         EngineError: no runtime is installed.
     """
     from edgetune.agent.baseline import runtime_bytes
-    from edgetune.engines.choice import choose_engine, describe_engine
+    from edgetune.engines.choice import choose_engine, describe_engine, packs
     from edgetune.engines.session import TrainingSession
     from edgetune.planning.plan import reserve_bytes_of
     from edgetune.telemetry.available import available_bytes
@@ -121,7 +122,9 @@ def real_parts(*, metrics: bool = False) -> Parts:
         return reserve_bytes_of(choose_engine(engine).name)
 
     figure = partial(runtime_bytes, metrics=metrics)
-    return Parts(TrainingSession, meter, figure, reserve_bytes, describe_engine, available_bytes, taken_bytes)
+    return Parts(
+        TrainingSession, meter, figure, reserve_bytes, describe_engine, packs, available_bytes, taken_bytes
+    )  # fmt: skip
 
 
 def real_meter() -> tuple[Meter, Callable[[], int]]:

@@ -73,6 +73,7 @@ def timeline_fields(
     made = predict(
         settled, batch=plan.batch, micro_batch=plan.micro_batch, ranks=plan.ranks, runtime_bytes=runtime_bytes,
         correction_bytes=plan.correction_bytes, tail_micro_batch=plan.tail_micro_batch, cache_bytes=plan.cache_bytes,
+        memory=plan.memory,
     )  # fmt: skip
     fixed = made.peak_bytes - plan.correction_bytes - max((peak.bytes for peak in made.peaks.values()), default=0)
     phases: dict[str, Any] = {}

@@ -76,8 +76,9 @@ class Work:
         request = PlanRequest(
             self.batch, asked, config.activation_budget_bytes, config.epsilon, config.allocation, config.codec,
             config.micro_batch, config.tail_micro_batch, config.trained, config.cache_bytes,
+            config.memory if parts.packs(config.engine) else "lean",
         )  # fmt: skip
-        runtime_bytes = parts.runtime_bytes(bundle, config.engine, config.memory)
+        runtime_bytes = parts.runtime_bytes(bundle, config.engine)
         self.budgeter = Budgeter(bundle.manifest, request, runtime_bytes, parts.reserve_bytes(config.engine))
         self.enforcer = Enforcer(
             self.budgeter, reader, journal, use=self.use, save=self._save_before_a_wait, refusing=config.once,
@@ -96,7 +97,6 @@ class Work:
             engine=self.config.engine,
             hyper=dict(self.config.hyper),
             seed=self.seed,
-            memory=self.config.memory,
         )
         self.session.phase_ended = self._phase_ended
         self.in_session, self.loaded = self.budgeter.plan, True

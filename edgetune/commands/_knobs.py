@@ -24,6 +24,12 @@ Trained = Annotated[
 Cache = Annotated[
     str | None, typer.Option("--cache", help="Keep features from pass to pass in so much memory, such as 64MiB.")
 ]
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory", help="lean: the least. fast: more memory, and a faster step. auto (default): fast where it fits."
+    ),
+]
 
 
 def lines(plan: Plan, layers: int) -> list[str]:
@@ -35,7 +41,7 @@ def lines(plan: Plan, layers: int) -> list[str]:
     cache = format_bytes(plan.cache_bytes) if plan.cache_bytes else "none"
     knobs = (
         f"knobs: micro-batch {plan.micro_batch}; batch of {plan.batch} trained {pieces}; {plan.trained} of {layers} "
-        f"layers trained; feature cache {cache}"
+        f"layers trained; feature cache {cache}; memory {plan.memory}"
     )
     reasons = list(plan.reasons)
     if plan.budget_bytes is not None or plan.activation_budget_bytes is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgetune.commands._knobs import Cache, MicroBatch, TailMicroBatch, Trained, lines
+from edgetune.commands._knobs import Cache, Memory, MicroBatch, TailMicroBatch, Trained, lines
 
 if TYPE_CHECKING:
     from edgetune.bundle import Bundle
@@ -45,6 +45,7 @@ def plan(
     tail_micro_batch: TailMicroBatch = None,
     trained: Trained = None,
     cache: Cache = None,
+    memory: Memory = None,
     data: Annotated[
         str | None,
         typer.Option("--data", help="Samples to measure the spectra on (any source, as for run)."),
@@ -115,6 +116,7 @@ def plan(
         tail_micro_batch=tail_micro_batch,
         trained=trained,
         cache_bytes=None if cache is None else parse_bytes(cache, zero=True),
+        memory=memory or "auto",
     )
     if timeline is not None:
         timeline.write_text(_drawn(opened, made, bundle.name, state, data if measure else None, engine), "utf-8")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from edgetune.commands._knobs import Cache, MicroBatch, TailMicroBatch, Trained
+from edgetune.commands._knobs import Cache, Memory, MicroBatch, TailMicroBatch, Trained
 
 if TYPE_CHECKING:
     from edgetune.agent.config import AgentConfig
@@ -44,10 +44,7 @@ def run(
         ),
     ] = None,
     engine: Annotated[str | None, typer.Option("--engine", help="auto (default), onnxruntime or torch.")] = None,
-    memory: Annotated[
-        str | None,
-        typer.Option("--memory", help="lean (default): the planned peak. fast: some MiB more, and a faster step."),
-    ] = None,
+    memory: Memory = None,
     batch: Annotated[
         int | None, typer.Option("--batch", help="Samples per step (default: as the state was made with, else 32).")
     ] = None,

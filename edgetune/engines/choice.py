@@ -14,8 +14,6 @@ from edgetune.errors import EngineError, UsageError, choices
 ENGINES = ("auto", "onnxruntime", "torch")
 
 # What the kernel driver of an NVIDIA device makes: on a computer, on a Jetson, inside WSL.
-MEMORY = ("lean", "fast")
-"""Whether an engine keeps to the plan's peak, or takes more where that saves time."""
 _DEVICE_NODES = ("nvidia0", "nvidiactl", "nvhost-gpu", "nvgpu", "dxg")
 
 
@@ -63,15 +61,21 @@ def describe_engine(engine: str = "auto") -> str:
     return f"engine {choice.name}: {choice.reason}"
 
 
-def make_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> Runtime:
-    """Return the runtime called ``engine``; ``memory`` is one of :data:`MEMORY`.
+def packs(engine: str = "auto") -> bool:
+    """Tell whether ``engine`` can keep the tensors of a run in one block of the size that is planned for
+    (``planning.packing``); raises as :func:`choose_engine`."""
+    if choose_engine(engine).name != "onnxruntime":
+        return False
+    return "CUDAExecutionProvider" not in (_onnxruntime_providers() or ())
+
+
+def make_runtime(bundle: Bundle, engine: str = "auto") -> Runtime:
+    """Return the runtime called ``engine``.
 
     Raises:
         UsageError: there is none of that name.
         EngineError: its packages are not installed.
     """
-    if memory not in MEMORY:
-        raise UsageError(f"memory '{memory}' is unknown; choose one of: {choices(MEMORY)}")
     if choose_engine(engine).name == "torch":
         if not _is_installed("torch"):
             raise EngineError(
@@ -83,7 +87,7 @@ def make_runtime(bundle: Bundle, engine: str = "auto", memory: str = "lean") -> 
         return TorchRuntime(bundle)
     from edgetune.engines.onnxruntime import OnnxRuntime
 
-    return OnnxRuntime(bundle, fast=memory == "fast")
+    return OnnxRuntime(bundle)
 
 
 def _is_installed(package: str) -> bool:

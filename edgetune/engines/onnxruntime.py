@@ -18,7 +18,7 @@ from edgetune.bundle import Array, Bundle, GraphSpec
 from edgetune.engines import heap
 from edgetune.engines.assembly import Port, assemble
 from edgetune.engines.exhaustion import exhausted, is_exhaustion
-from edgetune.engines.runtime import STEP_GRAPHS, Handle, check_feeds, chosen_graph, is_whole
+from edgetune.engines.runtime import CALLED_WITH_PLANS, STEP_GRAPHS, Handle, check_feeds, chosen_graph, is_whole
 from edgetune.errors import EngineError
 from edgetune.planning.selection import Chosen
 
@@ -67,23 +67,19 @@ class OnnxRuntime:
         *,
         gpu_limit_bytes: int | None = None,
         threads: int | None = None,
-        fast: bool = False,
     ) -> None:
         """Load nothing yet.
 
         Args:
             gpu_limit_bytes: what CUDA's allocator may take.
             threads: how many threads a kernel may use; None takes all that the process may run on.
-            fast: from the second run with the same shapes on, keep the tensors of a run in one block. Measured with
-                the train steps of ResNet-18 and MobileNetV2 (last 4, B = 64): a fifth of the page faults, and a peak
-                that is 16 to 20 MiB higher than the plan's.
         """
         self._ort = import_onnxruntime()
         self._bundle = bundle
         self._providers = providers(self._ort.get_available_providers(), gpu_limit_bytes)
         self._device = "cuda" if len(self._providers) > 1 else "cpu"
         self._threads = threads or len(os.sched_getaffinity(0))
-        self._fast = fast
+        self._packed = False
         self._sessions: dict[tuple[str, int], Any] = {}
         self._selection: dict[str, str] = {}
         self._trained: int | None = None
@@ -104,6 +100,17 @@ class OnnxRuntime:
     def limit(self, device_bytes: int | None) -> None:
         """Set ``gpu_mem_limit`` of the graphs that are loaded from now on; each has an allocator of its own."""
         self._providers = providers(self._ort.get_available_providers(), device_bytes)
+
+    def pack(self, packed: bool) -> None:
+        """Keep the tensors of a run in one block. Measured with the train steps of ResNet-18 and MobileNetV2 (last 4,
+        B = 64): a fifth of the page faults."""
+        if packed != self._packed:
+            self._packed = packed
+            self._sessions.clear()
+        elif packed:
+            # The layout of the first shapes stays: the runtime tells shapes apart by the exclusive or of all extents,
+            # in which two inputs of one batch cancel out. New shapes would get the old block, and not fit into it.
+            self._sessions = {key: one for key, one in self._sessions.items() if key[0] not in CALLED_WITH_PLANS}
 
     def load(self, graph: str) -> None:
         """Load every stage of ``graph``."""
@@ -229,7 +236,7 @@ class OnnxRuntime:
         # An arena keeps what it got and would hide every byte that a codec frees.
         options.enable_cpu_mem_arena = False
         # Buffers planned ahead lie in one block, which leaves gaps, but costs a fifth of the page faults.
-        options.enable_mem_pattern = self._fast
+        options.enable_mem_pattern = self._packed
         # Reuse of a dead buffer by a later tensor keeps it allocated in between.
         options.enable_mem_reuse = False
         if graph == "trunk":

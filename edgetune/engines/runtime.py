@@ -16,6 +16,8 @@ Handle = Any  # a tensor where the runtime wants it: an OrtValue, a torch tensor
 
 STEP_GRAPHS = frozenset({"train", "accumulate", "update"})
 """The graphs that depend on which layers are trained."""
+CALLED_WITH_PLANS = STEP_GRAPHS | {"calibrate"}
+"""The graphs whose inputs have other shapes under another plan."""
 
 
 class Runtime(Protocol):
@@ -55,6 +57,10 @@ class Runtime(Protocol):
     def limit(self, device_bytes: int | None) -> None:
         """Let the allocators of a CUDA device take at most so many bytes from now on (None: all that there is): more is
         an allocation that fails. On a CPU the agent's resource limit does this."""
+
+    def pack(self, packed: bool) -> None:
+        """Keep the tensors of a run in one block from its second run with the same shapes on, where the engine can
+        (``planning.packing`` says what that takes); what was loaded otherwise is forgotten."""
 
     def settle(self) -> None:
         """Give back to the system what is free; called after every step."""

@@ -57,7 +57,7 @@ class TrainingSession:
         engine: str = "auto",
         hyper: Mapping[str, float] | None = None,
         seed: int = 0,
-        memory: str = "lean",
+        memory: str | None = None,
         verify: bool = True,
     ) -> None:
         """Load graphs and initial weights.
@@ -65,18 +65,19 @@ class TrainingSession:
         Args:
             plan: batch, ranks and (by its calibration) bases.
             hyper: values for the optimizer's scalars, such as ``{"learning_rate": 0.01}``.
-            memory: ``lean`` keeps the peak at what the plan predicts; ``fast`` lets the engine take more where that
-                saves time (see ``engines.onnxruntime``).
+            memory: ``lean`` or ``fast`` in the place of what the plan says (``Plan.memory``).
             verify: prove that the runtime executes the train graph in the emitted order.
 
         Raises:
             EngineError: no runtime, or one that changes the order.
             UsageError: an unknown hyper-parameter, engine or kind of memory.
         """
+        if memory not in (None, "lean", "fast"):
+            raise UsageError(f"memory '{memory}' is unknown; choose one of: lean, fast (or none: as the plan says)")
         self.bundle = bundle
         self._manifest = bundle.manifest
         self._codec_inputs: CodecInputs | None = None
-        self._runtime = make_runtime(bundle, engine, memory)
+        self._runtime, self._memory = make_runtime(bundle, engine), memory
         self._seed = seed
         self.hyper = dict(self._manifest.optimizer.scalars)
         unknown = set(hyper or {}) - set(self.hyper)
@@ -125,6 +126,7 @@ class TrainingSession:
         selection = default_selection(self.bundle.manifest) | dict(plan.selection)
         self._manifest = settle(narrow(self.bundle.manifest, plan.trained).manifest, selection)
         self._runtime.limit(None if plan.budget_bytes is None else plan.budget_bytes - plan.ledger["runtime"])
+        self._runtime.pack((self._memory or plan.memory) == "fast")
         self._runtime.choose(selection, plan.trained)
         self._plan = plan
         self._codec_inputs = CodecInputs(self._manifest, plan, self._runtime, self._seed, self._carried())

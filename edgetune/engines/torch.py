@@ -93,6 +93,9 @@ class TorchRuntime:
         self._selection, self._trained = dict(selection), trained
         self._programs = {name: made for name, made in self._programs.items() if name not in changed}
 
+    def pack(self, packed: bool) -> None:
+        """Nothing: this engine has a memory of its own."""
+
     def limit(self, device_bytes: int | None) -> None:
         """Set what torch's CUDA allocator may take, at once."""
         if self._device.type == "cuda":

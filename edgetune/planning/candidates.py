@@ -25,6 +25,7 @@ class Limits:
         micro_batch: samples per run of the trunk; None: as many as fit.
         tail_micro_batch: samples per run of the train graph; None: the whole batch.
         cache_bytes: what the features that are kept from pass to pass may take.
+        memory: ``lean``; ``fast``: the tensors of a run lie in one block; ``auto``: that too, where it fits at last.
     """
 
     batch: int
@@ -36,6 +37,7 @@ class Limits:
     micro_batch: int | None = None
     tail_micro_batch: int | None = None
     cache_bytes: int = 0
+    memory: str = "lean"
 
     @property
     def piece(self) -> int:
@@ -94,6 +96,7 @@ class Candidate:
                 correction_bytes=limits.correction_bytes,
                 tail_micro_batch=limits.piece,
                 cache_bytes=limits.cache_bytes,
+                memory=limits.memory,
             )
         return self._predictions[micro_batch]
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from edgetune.bundle import GraphSpec, Manifest
 from edgetune.errors import UsageError, choices
 from edgetune.planning.memory import Peak, bands
+from edgetune.planning.packing import holes
 from edgetune.planning.plan import Plan
 from edgetune.planning.prediction import Phase, Prediction, phases_of, predict
 from edgetune.planning.rebase import settled_for
@@ -92,6 +93,8 @@ def curve_of(manifest: Manifest, plan: Plan) -> Curve:
         by_band = {band: [0] * len(phase.graph.nodes) for band in BANDS}
         for kind, usage in bands(phase.graph, phase.symbols).items():
             _add(by_band[_BAND_OF.get(kind, "transient")], usage)
+        if plan.memory == "fast":
+            _add(by_band["transient"], holes(phase.graph, phase.symbols))
         for tensor in phase.held:
             _add(by_band[_BAND_OF.get(tensor.kind, "transient")], [tensor.bytes] * len(phase.graph.nodes))
         runs = {"trunk": -(-plan.batch // plan.micro_batch), "update": 1}.get(
@@ -124,8 +127,9 @@ def _told(manifest: Manifest, plan: Plan) -> tuple[dict[str, Phase], Prediction]
     how = {"batch": plan.batch, "micro_batch": plan.micro_batch, "tail_micro_batch": plan.tail_micro_batch}
     phases = phases_of(settled, ranks=plan.ranks, **how)
     prediction = predict(
-        settled, ranks=plan.ranks, runtime_bytes=plan.ledger["runtime"], cache_bytes=plan.cache_bytes, **how
-    )
+        settled, ranks=plan.ranks, runtime_bytes=plan.ledger["runtime"], cache_bytes=plan.cache_bytes,
+        memory=plan.memory, **how,
+    )  # fmt: skip
     return phases, prediction
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from edgetune.bundle import GraphSpec
@@ -15,6 +15,9 @@ from edgetune.planning.sizes import elements, itemsize, nbytes
 
 FIXED_KINDS = ("constant", "parameter", "buffer", "state", "basis", "scalar")
 """Kinds of tensors that are resident all the time: the ledger counts them once, a timeline not at all."""
+
+HOLES = "holes of the block"
+"""The name under which a peak lists what a block takes beyond the tensors that are alive in it."""
 
 # A buffer that several tensors occupy in turn bears the most lasting of their kinds.
 _PRECEDENCE = ("feature", "saved", "gradient", "target", "output", "transient")
@@ -63,26 +66,38 @@ def timeline(graph: GraphSpec, symbols: Mapping[str, int], *, without: Container
     Raises:
         BundleError: a shape holds a symbol that ``symbols`` lacks.
     """
-    return _timeline(graph, symbols, _buffers(graph, symbols, without))
+    return timeline_of(graph, symbols, spans(graph, symbols, without=without))
 
 
-def peak(graph: GraphSpec, symbols: Mapping[str, int], *, without: Container[str] = FIXED_KINDS) -> Peak:
+def peak(
+    graph: GraphSpec, symbols: Mapping[str, int], *, without: Container[str] = FIXED_KINDS, holes: Sequence[int] = ()
+) -> Peak:
     """Return the maximum of :func:`timeline` and what is alive there.
+
+    Args:
+        holes: what memory is taken during each node by no tensor (``planning.packing``).
 
     Raises:
         BundleError: a shape holds a symbol that ``symbols`` lacks.
     """
     buffers = _buffers(graph, symbols, without)
-    usage = _timeline(graph, symbols, buffers)
+    usage = timeline_of(graph, symbols, [(buffer.first, buffer.last, buffer.bytes) for buffer in buffers])
     if not usage:
         return Peak(0, -1, "", ())
-    node = usage.index(max(usage))
+    if holes:
+        usage = [size_bytes + more for size_bytes, more in zip(usage, holes, strict=True)]
+        # A block is there all the time: of the instants that need as much, the one at which most of it is used.
+        node = max(range(len(usage)), key=lambda index: (usage[index], -holes[index]))
+    else:
+        node = usage.index(max(usage))
     live = [LiveTensor(b.name, b.kind, b.bytes) for b in buffers if b.first <= node <= b.last]
     live += [
         LiveTensor(graph.nodes[node], "workspace", elements((w.elements,), symbols) * itemsize(w.dtype))
         for w in graph.workspaces
         if w.node == node
     ]
+    if holes and holes[node]:
+        live.append(LiveTensor(HOLES, "transient", holes[node]))
     live.sort(key=lambda tensor: (-tensor.bytes, tensor.name))
     return Peak(usage[node], node, graph.nodes[node], tuple(live))
 
@@ -104,12 +119,12 @@ def bands(graph: GraphSpec, symbols: Mapping[str, int]) -> dict[str, list[int]]:
     Raises:
         BundleError: a shape holds a symbol that ``symbols`` lacks.
     """
-    found: dict[str, list[_Buffer]] = {}
+    found: dict[str, list[tuple[int, int, int]]] = {}
     for buffer in _buffers(graph, symbols, FIXED_KINDS):
-        found.setdefault(buffer.kind, []).append(buffer)
+        found.setdefault(buffer.kind, []).append((buffer.first, buffer.last, buffer.bytes))
     bare = dataclasses.replace(graph, workspaces=())
-    by_kind = {kind: _timeline(bare, symbols, some) for kind, some in found.items()}
-    by_kind["workspace"] = _timeline(graph, symbols, [])
+    by_kind = {kind: timeline_of(bare, symbols, some) for kind, some in found.items()}
+    by_kind["workspace"] = timeline_of(graph, symbols, [])
     return by_kind
 
 
@@ -132,14 +147,15 @@ def _buffers(graph: GraphSpec, symbols: Mapping[str, int], without: Container[st
     return [buffer for name, buffer in found.items() if name not in resident]
 
 
-def _timeline(graph: GraphSpec, symbols: Mapping[str, int], buffers: list[_Buffer]) -> list[int]:
+def timeline_of(graph: GraphSpec, symbols: Mapping[str, int], lives: Iterable[tuple[int, int, int]]) -> list[int]:
+    """Return the bytes of ``lives`` (as of :func:`spans`) and of workspaces during each node of ``graph``."""
     count = len(graph.nodes)
     change = [0] * (count + 1)
-    for buffer in buffers:
-        start, stop = max(buffer.first, 0), min(buffer.last + 1, count)
+    for first, last, size_bytes in lives:
+        start, stop = max(first, 0), min(last + 1, count)
         if start < stop:
-            change[start] += buffer.bytes
-            change[stop] -= buffer.bytes
+            change[start] += size_bytes
+            change[stop] -= size_bytes
     usage = list(itertools.accumulate(change[:count]))
     for work in graph.workspaces:
         usage[work.node] += elements((work.elements,), symbols) * itemsize(work.dtype)

@@ -32,6 +32,8 @@ from edgetune.units import MIB
 
 __all__ = ["ALLOCATIONS", "Plan", "PlanRow", "Prediction", "make_plan", "plan_of", "predict"]
 
+MEMORY = ("auto", "lean", "fast")
+"""Every tensor in memory of its own; those of a run in one block; or that where it fits."""
 ALLOCATIONS = ("uniform", "per-layer")
 """One codec and one ε for all saved tensors, or for each its own."""
 MOST_SAMPLES_PER_RUN = 32
@@ -90,6 +92,8 @@ class Plan:
         trained: how many of the bundle's trained weight layers before the head are trained, counted from the output as
             ``--last`` does; the head is trained besides, the rest of the tail frozen.
         cache_bytes: what the features that are kept from pass to pass may take; 0: none are kept.
+        memory: ``fast`` where a runtime that can is to keep the tensors of a run in one block (``planning.packing``),
+            which takes more memory and less time; else ``lean``.
         codec: the bundle's codec, or its menu.
         epsilon: the ε of every truncated mode; None where the codec truncates nothing, and where each tensor has its
             own (``rows`` have those).
@@ -135,6 +139,7 @@ class Plan:
     error: float | None = None
     error_bound: float | None = None
     reasons: tuple[str, ...] = ()
+    memory: str = "lean"
     calibration: Calibration | None = field(default=None, compare=False, repr=False)
 
     def symbols(self) -> dict[str, int]:
@@ -190,6 +195,7 @@ def make_plan(
     trained: int | None = None,
     cache_bytes: int | None = None,
     least_epsilon: float = LEAST_EPSILON,
+    memory: str = "lean",
 ) -> Plan:
     """Return the plan that costs least within the budgets, in time and in what is lost of the gradient.
 
@@ -205,7 +211,8 @@ def make_plan(
     ``micro_batch``, ``tail_micro_batch``, ``trained`` and ``cache_bytes`` are as in :class:`Plan`; what is given stays,
     and the others are chosen: ``planning.cheapest`` has the order in which they are given up, ``least_epsilon`` among
     it. No cache unless one is given. At last the micro-batch of the trunk: the largest power of two, at most that of
-    the tail and 32, that stays within ``budget_bytes``; without one, 8 or that of the tail.
+    the tail and 32, that stays within ``budget_bytes``; without one, 8 or that of the tail. Where ``memory`` is
+    ``auto``, what the budget then still has room for goes to speed: ``fast`` if that fits.
 
     No ``calibration`` stands for :func:`identity_calibration`. ``runtime_bytes`` are resident before anything of the
     plan is allocated; ``correction_bytes`` is the measured minus the predicted peak of an earlier step, of either sign;
@@ -224,11 +231,13 @@ def make_plan(
     check_trained(manifest, trained)
     if cache_bytes is not None and cache_bytes < 0:
         raise UsageError(f"the cache is {cache_bytes} bytes; expected 0 or more")
+    if memory not in MEMORY:
+        raise UsageError(f"memory '{memory}' is unknown; choose one of: {choices(MEMORY)}")
     if tail_micro_batch is not None and tail_micro_batch < batch:
         check_splits(manifest)
     limits = Limits(
         batch, runtime_bytes, budget_bytes, activation_budget_bytes, correction_bytes, reserve_bytes,
-        micro_batch, None, cache_bytes or 0,
+        micro_batch, None, cache_bytes or 0, memory,
     )  # fmt: skip
     measured = calibration
     if calibration is None:
@@ -263,6 +272,11 @@ def plan_of(
     else:
         powers = [1 << k for k in range(min(limits.piece, MOST_SAMPLES_PER_RUN).bit_length())]
         micro_batch = powers[last_that(lambda index: chosen.fits(powers[index]), len(powers)) or 0]
+    memory = limits.memory
+    if memory == "auto":
+        fast = Candidate(manifest, chosen.rates, dataclasses.replace(limits, memory="fast"), chosen.epsilon)
+        memory = "fast" if fast.fits(micro_batch) else "lean"
+        chosen = fast if memory == "fast" else chosen
     prediction = chosen.cost(micro_batch)
     return Plan(
         batch=limits.batch,
@@ -287,6 +301,7 @@ def plan_of(
         error=chosen.error,
         error_bound=error_bound,
         reasons=reasons,
+        memory=memory,
         calibration=calibration,
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from edgetune.bundle import GraphSpec, Manifest, SavedSpec, TensorSpec
 from edgetune.errors import BundleError, UsageError, choices
 from edgetune.planning.memory import FIXED_KINDS, LiveTensor, Peak, peak
+from edgetune.planning.packing import packed_peak
 from edgetune.planning.selection import LOSSLESS
 from edgetune.planning.sizes import itemsize, nbytes
 from edgetune.planning.workspace import around_calibration
@@ -53,6 +54,7 @@ def predict(
     correction_bytes: int = 0,
     tail_micro_batch: int | None = None,
     cache_bytes: int = 0,
+    memory: str = "lean",
 ) -> Prediction:
     """Return what training with batches of ``batch`` samples needs when the trunk runs on ``micro_batch`` at a time,
     and the train graph on ``tail_micro_batch`` (None: on the whole batch).
@@ -72,6 +74,8 @@ def predict(
     - update, with the gradients as its inputs (a session lets the features go before it).
 
     Inputs of a graph belong to the caller, so they are counted until it ends, wherever its last use is.
+    With ``memory`` ``fast`` the tensors of a run lie in one block (``planning.packing``).
+
     ``correction_bytes`` (measured minus predicted, of either sign) is one more line. Monotone in ``batch``,
     ``micro_batch`` and every rank.
 
@@ -80,7 +84,7 @@ def predict(
         BundleError: a shape holds a symbol that is neither ``batch`` nor a rank.
     """
     phases = phases_of(manifest, batch=batch, micro_batch=micro_batch, ranks=ranks, tail_micro_batch=tail_micro_batch)
-    peaks = {name: _with(peak(phase.graph, phase.symbols), phase.held) for name, phase in phases.items()}
+    peaks = {name: _with(_run(phase, memory), phase.held) for name, phase in phases.items()}
     if "calibrate" in peaks:
         graph, values = phases["calibrate"].graph, phases["calibrate"].symbols
         peaks["calibrate"] = around_calibration(graph, values, peaks["calibrate"])
@@ -207,6 +211,10 @@ def holding_inputs(graph: GraphSpec) -> GraphSpec:
         for use in graph.tensors
     )
     return dataclasses.replace(graph, tensors=tensors)
+
+
+def _run(phase: Phase, memory: str) -> Peak:
+    return packed_peak(phase.graph, phase.symbols) if memory == "fast" else peak(phase.graph, phase.symbols)
 
 
 def _with(found: Peak, extra: list[LiveTensor]) -> Peak:

@@ -145,7 +145,6 @@ class FakeSession:
         engine: str = "auto",
         hyper: Mapping[str, float] | None = None,
         seed: int = 0,
-        memory: str = "lean",
         on_step: Callable[[FakeSession], None] | None = None,
         loss_is_nan: bool = True,
     ) -> None:
@@ -292,4 +291,4 @@ class Workshop:
             self.sessions.append(made)
             return made
 
-        return Parts(factory, self.meter, lambda bundle, engine, memory: RUNTIME_BYTES, **others)
+        return Parts(factory, self.meter, lambda bundle, engine: RUNTIME_BYTES, **others)

@@ -48,13 +48,14 @@ def main(folder: Path) -> None:
     plan = dataclasses.replace(plan, calibration=Calibration.load(folder / "calibration.safetensors"))
     peaks = predict(
         bundle.manifest, batch=plan.batch, micro_batch=plan.micro_batch, ranks=plan.ranks, runtime_bytes=0,
-        tail_micro_batch=plan.tail_micro_batch,
+        tail_micro_batch=plan.tail_micro_batch, memory=plan.memory,
     ).peaks  # fmt: skip
     session = Metered(bundle, plan)
     # Code and tables come into memory when they are first used, here for one sample.
     few = list(session.features(np.zeros((1, *bundle.manifest.inputs[0].shape), np.float32)))
     session.step_features(few, np.zeros(1, np.int64))
     del few
+    session.set_plan(plan)  # else a block would be laid out for one sample
     session.peaks_bytes.clear()
     before_bytes = resident_bytes()
     for _ in range(STEPS):

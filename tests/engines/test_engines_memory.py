@@ -151,11 +151,12 @@ def test_a_selection_takes_two_temporaries_beside_its_output(units: dict[str, fl
 
 
 def measured_step(
-    root: Path, codec: str, size: str, optimizer: str, batch: int, last: int, piece: int | None = None
-) -> dict[str, Any]:
+    root: Path, codec: str, size: str, optimizer: str, batch: int, last: int, piece: int | None = None,
+    memory: str = "lean",
+) -> dict[str, Any]:  # fmt: skip
     bundle = bundle_of(codec, size, optimizer, last)
     shape = bundle.manifest.inputs[0].shape
-    plan = dataclasses.replace(plan_of(bundle, batch), tail_micro_batch=piece or batch)
+    plan = dataclasses.replace(plan_of(bundle, batch), tail_micro_batch=piece or batch, memory=memory)
     x, y = samples(batch, shape)
     features = edgetune.TrainingSession(bundle, plan, verify=False).features(x)
     shutil.copytree(bundle.path, root / "bundle")
@@ -185,6 +186,16 @@ def test_a_step_in_pieces_peaks_where_it_was_predicted_to(steps: dict[str, dict[
     found = measured_step(tmp_path, "dense", "large", "sgd", BATCH, 5, piece=16)
     assert found["measured"]["train"] == pytest.approx(found["train_bytes"], rel=0.1)
     assert found["measured"]["train"] < 0.35 * steps["dense"]["measured"]["train"]
+
+
+@pytest.mark.parametrize("codec", ["dense", "svd"])
+def test_one_block_for_a_run_is_as_large_as_it_was_predicted_to_be(
+    steps: dict[str, dict[str, Any]], tmp_path: Path, codec: str
+) -> None:
+    found = measured_step(tmp_path, codec, "large", "sgd", BATCH, 5, memory="fast")
+    assert found["train_bytes"] > 1.02 * steps[codec]["train_bytes"]  # else there would be nothing to tell apart
+    assert found["measured"]["train"] == pytest.approx(found["train_bytes"], rel=0.08)
+    assert found["measured"]["train"] > 1.02 * steps[codec]["measured"]["train"]
 
 
 @pytest.mark.parametrize("codec", CODECS)

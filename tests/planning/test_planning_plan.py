@@ -246,6 +246,37 @@ def test_a_correction_moves_the_plan() -> None:
     assert epsilon(200) < epsilon(0) <= epsilon(-200)
 
 
+def test_what_the_budget_has_left_goes_to_speed_and_nothing_else_does() -> None:
+    described = manifest([(32, 9, 9), (2, 3, 3), (16, 9, 9), (1, 2, 2), (24, 9, 9)], letters="c")
+    known = decaying_calibration(described, 8, 3)
+    kinds: list[str] = []
+    roomy = make_plan(described, batch=8, calibration=known, runtime_bytes=0, epsilon=0.9, micro_batch=1, memory="fast")
+    for budget_bytes in range(roomy.predicted_peak_bytes - 25_000, roomy.predicted_peak_bytes + 2500, 2500):
+        how = {
+            "batch": 8,
+            "calibration": known,
+            "runtime_bytes": 0,
+            "budget_bytes": budget_bytes,
+            "epsilon": 0.9,
+            "micro_batch": 1,
+        }
+        try:
+            lean = make_plan(described, **how)  # type: ignore[arg-type]
+        except BudgetError:
+            continue
+        auto = make_plan(described, **how, memory="auto")  # type: ignore[arg-type]
+        assert auto.predicted_peak_bytes <= budget_bytes and sum(auto.ledger.values()) == auto.predicted_peak_bytes
+        same = (auto.ranks, auto.micro_batch, auto.tail_micro_batch, auto.trained, auto.saved_bytes)
+        assert same == (lean.ranks, lean.micro_batch, lean.tail_micro_batch, lean.trained, lean.saved_bytes)
+        assert auto.predicted_peak_bytes >= lean.predicted_peak_bytes and Plan.from_json(auto.to_json()) == auto
+        kinds.append(auto.memory)
+    assert kinds[0] == "lean" and kinds[-1] == "fast" and roomy.memory == "fast"
+    free = make_plan(described, batch=8, calibration=known, runtime_bytes=0, epsilon=0.9, memory="auto")
+    assert free.memory == "fast"
+    with pytest.raises(UsageError, match=r"'huge' is unknown; choose one of: auto, fast, lean"):
+        make_plan(described, batch=8, calibration=known, runtime_bytes=0, memory="huge")
+
+
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [

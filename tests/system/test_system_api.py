@@ -85,7 +85,7 @@ def test_importing_the_package_imports_no_runtime_and_no_host_library() -> None:
 def fixed_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a process takes differs from one to the next; what is planned here must not."""
     for name in ("measure_runtime", "remembered_bytes", "runtime_bytes"):
-        monkeypatch.setattr(baseline, name, lambda bundle, engine="auto", memory="lean": RUNTIME_BYTES)
+        monkeypatch.setattr(baseline, name, lambda bundle, engine="auto": RUNTIME_BYTES)
 
 
 def test_the_runtime_is_measured_in_a_process_without_the_host() -> None:
