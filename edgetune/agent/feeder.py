@@ -19,6 +19,7 @@ from edgetune.agent.cache import FeatureCache
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Sample
 from edgetune.agent.parts import Meter, Session
+from edgetune.agent.replay.buffer import FEATURES, RAW, Replay
 from edgetune.agent.sources import Source
 from edgetune.bundle import Array
 from edgetune.errors import DataError
@@ -29,6 +30,12 @@ Computing: TypeAlias = "Callable[[str], AbstractContextManager[None]]"
 
 def _freely(what: str) -> AbstractContextManager[None]:
     return nullcontext()
+
+
+def _unchanged(data: bytes, sample: Sample) -> bytes:
+    if hashlib.sha256(data).hexdigest() != sample.sha256:
+        raise DataError("its content changed after it was recorded")
+    return data
 
 
 @dataclass
@@ -46,8 +53,10 @@ class Fed:
 class Feeder:
     """Reads samples and turns them into features."""
 
-    def __init__(self, source: Source, decoder: Decoder, cache: FeatureCache | None = None) -> None:
-        self.source, self.decoder, self.cache = source, decoder, cache
+    def __init__(
+        self, source: Source, decoder: Decoder, cache: FeatureCache | None = None, replay: Replay | None = None
+    ) -> None:
+        self.source, self.decoder, self.cache, self.replay = source, decoder, cache, replay
         self.decode_peak_bytes, self.decode_peak_path = 0, ""
         self._meter: Meter | None = None
         self._other_peak_bytes = self._phase_peak_bytes = 0
@@ -86,10 +95,24 @@ class Feeder:
         Raises:
             DataError: the file is gone, damaged, or not the one that was recorded.
         """
-        data = self.source.read(sample.path)
-        if hashlib.sha256(data).hexdigest() != sample.sha256:
-            raise DataError("its content changed after it was recorded")
-        return self.decoder.decode(data)
+        return self.decoder.decode(self.read(sample))
+
+    def read(self, sample: Sample) -> bytes:
+        """Return a sample's content as it was recorded: of a replayed one, and of one that its source cannot give any
+        more, from the replay buffer.
+
+        Raises:
+            DataError: it is gone, or not the one that was recorded.
+        """
+        if sample.replayed:
+            assert self.replay is not None
+            return _unchanged(self.replay.read(sample), sample)
+        try:
+            return _unchanged(self.source.read(sample.path), sample)
+        except DataError:
+            if self.replay is None or self.replay.kind != RAW or not self.replay.holds(sample):
+                raise
+            return _unchanged(self.replay.read(sample), sample)
 
     def feed(
         self,
@@ -113,7 +136,7 @@ class Feeder:
         while len(fed.samples) < count:
             found: list[Sample] = []  # in the order in which they were taken, which is that of their rows
             rows: list[int] = []
-            waiting = self._fill(images, self._not_cached(take, count, fed, found), fed, found, rows)
+            waiting = self._fill(images, self._not_cached(take, count, fed, found), fed, found, rows, count)
             if not found:
                 break
             started = time.perf_counter()
@@ -125,7 +148,8 @@ class Feeder:
                         whole[rows] = piece
                     if self.cache is not None:
                         for index, sample in enumerate(waiting):
-                            self.cache.put(sample.sha256, [piece[index] for piece in outputs])
+                            if not sample.replayed:
+                                self.cache.put(sample.sha256, [piece[index] for piece in outputs])
                 del outputs
             fed.samples += found
             fed.seconds["trunk"] += time.perf_counter() - started
@@ -141,16 +165,35 @@ class Feeder:
 
         def next_one() -> Sample | None:
             while len(fed.samples) + len(found) < count and (sample := take()) is not None:
+                if sample.replayed and self.replay is not None and self.replay.kind == FEATURES:
+                    self._from_the_buffer(sample, count, fed, found)
+                    continue
                 features = None if self.cache is None else self.cache.get(sample.sha256)
                 if features is None:
                     return sample
-                self._allocate(fed, count, [value[None] for value in features])
-                for whole, value in zip(fed.features, features, strict=True):
-                    whole[len(fed.samples) + len(found)] = value
-                found.append(sample)
+                self._put(sample, features, count, fed, found)
             return None
 
         return next_one
+
+    def _put(self, sample: Sample, features: Sequence[Array], count: int, fed: Fed, found: list[Sample]) -> None:
+        self._allocate(fed, count, [value[None] for value in features])
+        for whole, value in zip(fed.features, features, strict=True):
+            whole[len(fed.samples) + len(found)] = value
+        found.append(sample)
+
+    def _from_the_buffer(self, sample: Sample, count: int, fed: Fed, found: list[Sample]) -> bool:
+        """Take the features that the replay buffer has of a sample; return whether it gave them."""
+        assert self.replay is not None
+        try:
+            self._put(sample, self.replay.features(sample), count, fed, found)
+        except DataError as error:
+            self.replay.lose(sample, str(error))
+            return False
+        return True
+
+    def _stands_in(self, sample: Sample) -> bool:
+        return self.replay is not None and self.replay.kind == FEATURES and self.replay.holds(sample)
 
     @staticmethod
     def _allocate(fed: Fed, count: int, like: Sequence[Array]) -> None:
@@ -199,11 +242,18 @@ class Feeder:
                 return
 
     def _fill(
-        self, images: Array, take: Callable[[], Sample | None], fed: Fed, found: list[Sample], rows: list[int]
+        self,
+        images: Array,
+        take: Callable[[], Sample | None],
+        fed: Fed,
+        found: list[Sample],
+        rows: list[int],
+        count: int = 0,
     ) -> list[Sample]:
         """Decode samples into ``images`` until it is full or there are no more; return the rows that are in it.
 
-        They are put into ``found`` as well, and the places that they have in the batch into ``rows``.
+        They are put into ``found`` as well, and the places that they have in the batch of ``count`` into ``rows``. A
+        sample whose source is gone may have its features in the replay buffer.
         """
         started, waiting = time.perf_counter(), list[Sample]()
         if self._meter is not None:
@@ -215,9 +265,14 @@ class Feeder:
                 waiting.append(sample)
                 found.append(sample)
             except DataError as error:
+                if sample.replayed and self.replay is not None:
+                    self.replay.lose(sample, str(error))
+                    continue
                 if (absent := self.source.absent()) is not None:
                     # Every sample would be "missing"; none of them is at fault.
                     raise DataError(f"{absent}; mount it and run again") from None
+                if self._stands_in(sample) and self._from_the_buffer(sample, count, fed, found):
+                    continue
                 fed.bad.append((sample, str(error)))
         if self._meter is not None:
             if waiting and (peak_bytes := self._meter.peak_bytes()) > self.decode_peak_bytes:

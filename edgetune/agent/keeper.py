@@ -1,6 +1,7 @@
 """Keeps a run's progress: ledger marks, calibration and checkpoint, in the one order that survives a crash anywhere.
 
-1. The ledger's marks are committed. 2. The calibration is written, if new. 3. The checkpoint appears by a rename: from
+1. The replay buffer's new files are synced, and the ledger's marks committed. 2. The calibration is written, if new. 3.
+The checkpoint appears by a rename: from
 this instant the steps up to it are done. A crash before 3 leaves marks later than the newest checkpoint; the next start
 takes them back. At the start both kept checkpoints are verified; one that cannot be used is named and set aside, as
 long as another can. Knows files and the ledger; nothing of training.
@@ -19,6 +20,7 @@ from edgetune.agent import checkpoint as checkpoints
 from edgetune.agent.checkpoint import Checkpoint
 from edgetune.agent.journal import Journal
 from edgetune.agent.ledger import Ledger
+from edgetune.agent.replay.buffer import Replay
 from edgetune.bundle import Array
 from edgetune.errors import StateError, StorageError
 from edgetune.planning.spectra import Calibration
@@ -27,8 +29,8 @@ from edgetune.planning.spectra import Calibration
 class Keeper:
     """Saves to and restores from the state directory ``path``. ``saved_step`` is that of the newest checkpoint."""
 
-    def __init__(self, path: Path, ledger: Ledger, journal: Journal) -> None:
-        self.path, self.ledger, self.journal = path, ledger, journal
+    def __init__(self, path: Path, ledger: Ledger, journal: Journal, replay: Replay) -> None:
+        self.path, self.ledger, self.journal, self.replay = path, ledger, journal, replay
         self.saved_step: int | None = None
         self._oldest_step = -1
         self._calibration: Calibration | None = None
@@ -52,15 +54,17 @@ class Keeper:
         """
         started = time.perf_counter()
         try:
+            self.replay.sync()
             self.ledger.flush(prune_through_step=self._oldest_step)
             if self._calibration is not None and self._calibration_name is None:
                 self._calibration_name = calibrations.save(self.path, self._calibration_step, self._calibration)
-            told = {**position, "calibration": self._calibration_name}
-            written = checkpoints.write(self.path, step, tensors(), told)
+            told = {**position, "calibration": self._calibration_name, "replay": self.replay.to_plain()}
+            written = checkpoints.write(self.path, step, tensors(), told, self.replay.arrays())
             self.saved_step = step  # it is on the disk, whatever becomes of the tidying
             self._oldest_step = checkpoints.prune(self.path)
             kept = [checkpoints.read_position(path) for _, path in checkpoints.listed(self.path)]
             calibrations.prune(self.path, kept)
+            self.replay.tidy(self._oldest_step)
         except StorageError as error:
             self.journal.storage_error(error)
             return False
@@ -105,6 +109,8 @@ class Keeper:
             )
         self.saved_step = None if found is None else step
         self._oldest_step = min((number for number, _ in checkpoints.listed(self.path)), default=-1)
+        others = (checkpoints.load(path) for _, path in checkpoints.listed(self.path) if found and path != found.path)
+        self.replay.restore(found, others)
         self._calibration = self._calibration_name = None
         if found is not None and found.position.get("calibration"):
             self._calibration_name = str(found.position["calibration"])

@@ -22,6 +22,7 @@ from edgetune.agent.keeper import Keeper
 from edgetune.agent.ledger import Ledger
 from edgetune.agent.parts import Parts, real_parts
 from edgetune.agent.rehearsal import rehearse
+from edgetune.agent.replay.buffer import Replay
 from edgetune.agent.service.service import Service
 from edgetune.agent.service.states import State
 from edgetune.agent.signals import stopping_on_signals
@@ -103,13 +104,15 @@ class Agent:
     ) -> None:
         self.service = service
         self.bundle, self.config, self.ledger, self.journal, self.feeder = bundle, config, ledger, journal, feeder
-        self.keeper = Keeper(state.path, ledger, journal)
+        replay = Replay(state.path, config.replay, bundle, journal, ledger, batch=state.batch, seed=state.seed)
+        feeder.replay = replay
+        self.keeper = Keeper(state.path, ledger, journal, replay)
         intake = Intake(
             feeder.source, feeder.decoder, ledger, holdout=config.holdout, settle_seconds=config.settle_seconds
         )
         self.stop_reason: str | None = None
         self.supply = Supply(
-            config, intake, ledger, journal, batch=state.batch, seed=state.seed, stopping=self.stopping
+            config, intake, ledger, journal, replay=replay, batch=state.batch, seed=state.seed, stopping=self.stopping
         )
         self._retry_save_at = 0.0
 

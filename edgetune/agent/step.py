@@ -37,7 +37,12 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
     started = time.perf_counter()
     meter, plan, epoch = work.parts.meter, work.budgeter.plan, work.supply.epoch
     work.begin_measuring()
-    work.make_step(work.supply.taker(passes), fed)
+
+    def keep(piece: Fed) -> None:
+        first = [row for row, one in enumerate(piece.samples) if not one.replayed and not passes[one.id]]
+        work.replay.keep([piece.samples[row] for row in first], piece.features, first, work.feeder.read)
+
+    work.make_step(work.supply.taker(passes, fed.bad), fed, keep)
     work.supply.quarantine(fed.bad)
     if not fed.samples:
         return False
@@ -50,7 +55,8 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
     work.step += 1
     work.supply.trained(fed.samples, passes, work.step)
     if work.feeder.cache is not None:
-        last = [sample for sample in fed.samples if passes[sample.id] + 1 >= work.config.epochs]
+        mine = (sample for sample in fed.samples if not sample.replayed)
+        last = [sample for sample in mine if passes[sample.id] + 1 >= work.config.epochs]
         work.feeder.cache.forget(sample.sha256 for sample in last)
     work.enforcer.went_well()
     seconds = {**fed.seconds, **report.seconds}
@@ -62,6 +68,7 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
         measured_peak_bytes=measured_bytes, decode_peak_bytes=work.feeder.decode_peak_bytes,
         budget_bytes=allowance.asked, effective_budget_bytes=allowance.limit, planned_bytes=plan.budget_bytes,
         resident_bytes=allowance.resident, condition=work.enforcer.condition.value, samples=len(fed.samples),
+        replayed=sum(sample.replayed for sample in fed.samples),
         seconds={name: round(value, 6) for name, value in seconds.items()},
     )  # fmt: skip
     energy = {name: float(value) for name, value in report.energy.items() if math.isfinite(value)}
@@ -77,6 +84,8 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
     work.now.measured_peak_bytes = measured_bytes
     work.now.energy = sum(energy.values()) / len(energy) if energy else None
     work.show()
+    if work.replay.crowded and work.step % work.config.checkpoint_every:
+        work.save(evaluate=False)
     return True
 
 
@@ -129,7 +138,8 @@ def _rebase(work: Work, calibration: Calibration) -> None:
 def _recover(work: Work, fed: Fed, what: str) -> None:
     """Forget a step that was not finite, go back to the last checkpoint, and never train its batch again."""
     reason = f"the {what} was not finite at step {work.step + 1}"
-    work.supply.quarantine(((sample, reason) for sample in fed.samples), work.step + 1)
+    new = (sample for sample in fed.samples if not sample.replayed)  # the others were trained before, and well
+    work.supply.quarantine(((sample, reason) for sample in new), work.step + 1)
     go_back(work)
     work.bad_batches += 1
     if work.bad_batches >= MOST_BAD_BATCHES:

@@ -6,13 +6,15 @@ Knows the ledger, the intake and the journal; nothing of training.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 
 from edgetune.agent.config import AgentConfig
 from edgetune.agent.intake import Intake, Taken
 from edgetune.agent.journal import Journal
 from edgetune.agent.ledger import Ledger, Sample
 from edgetune.agent.order import Pool
+from edgetune.agent.replay.buffer import NONE, Replay
 from edgetune.errors import DataError, StorageError
 
 _MOST_REPORTED = 50
@@ -32,11 +34,12 @@ class Supply:
         ledger: Ledger,
         journal: Journal,
         *,
+        replay: Replay,
         batch: int,
         seed: int,
         stopping: Callable[[], bool],
     ) -> None:
-        self.config, self.intake, self.ledger, self.journal = config, intake, ledger, journal
+        self.config, self.intake, self.ledger, self.journal, self.replay = config, intake, ledger, journal, replay
         self.batch, self.seed, self.stopping = batch, seed, stopping
         # Before the first look, so that nothing that arrives in between goes unseen.
         self._waiter = None if config.once else intake.source.waiter(config.rescan_seconds)
@@ -49,10 +52,18 @@ class Supply:
     def steps_left(self) -> int:
         """Return how many steps remain with ``once``: each pass is cut into batches of its own."""
         made = Counter(passes for _, _, passes in self.ledger.trainable())
-        return sum(
-            -(-sum(count for passes, count in made.items() if passes <= epoch) // self.batch)
-            for epoch in range(self.config.epochs)
-        )
+        steps, kept = 0, len(self.replay)
+        for epoch in range(self.config.epochs):
+            left = sum(count for passes, count in made.items() if passes <= epoch)
+            while left > 0:
+                new = min(left, self.batch - self.replay.share_of(kept))
+                steps, left, kept = steps + 1, left - new, kept + (new if self.replay.kind != NONE else 0)
+        return steps
+
+    @property
+    def needed(self) -> int:
+        """How many new samples the next batch has."""
+        return self.batch - self.replay.share
 
     @property
     def epoch(self) -> int:
@@ -62,37 +73,56 @@ class Supply:
     def ready(self) -> bool:
         """Return whether there is a batch: a full one, or with ``once`` whatever is left."""
         if not self.config.once:
-            return len(self.pool) >= self.batch
+            return len(self.pool) >= self.needed
         if not len(self.pool) and self._look_failed:
             self.look()
         return len(self.pool) > 0
 
-    def taker(self, passes: dict[int, int]) -> Callable[[], Sample | None]:
-        """Return what hands out the samples of one batch; ``passes`` receives how often each was trained before.
+    def taker(self, passes: dict[int, int], bad: Sequence[object] = ()) -> Callable[[], Sample | None]:
+        """Return what hands out the samples of one batch: those of the pool, then those that are replayed.
 
-        With ``once`` a batch does not reach into the next pass, so the last one of each pass may be short.
+        With ``once`` a batch does not reach into the next pass, so the last one of each pass may be short. Nothing is
+        replayed where there is nothing new.
+
+        Args:
+            passes: receives the samples of the pool, with how often each was trained before. bad: grows by those of
+                them that cannot be read.
         """
         epoch = self.pool.epoch if self.config.once else None
+        needed, share = self.needed, self.replay.share
+        replayed: Iterator[Sample] | None = None
+        handed = 0
+        self.replay.begin_step()
 
         def take() -> Sample | None:
-            entry = self.pool.take(epoch)
-            if entry is None:
+            nonlocal replayed, handed
+            good = len(passes) - len(bad)
+            if good < needed and (entry := self.pool.take(epoch)) is not None:
+                passes[entry[0]] = entry[1]
+                return self.ledger.get(entry[0])
+            if good == 0 or handed - self.replay.lost >= share:
                 return None
-            passes[entry[0]] = entry[1]
-            return self.ledger.get(entry[0])
+            replayed = self.replay.draw(passes) if replayed is None else replayed
+            handed += 1
+            return next(replayed, None)
 
         return take
 
     def preview(self, count: int) -> list[Sample]:
-        """Return the next ``count`` samples without handing them out."""
-        return [self.ledger.get(sample) for sample in self.pool.peek(count)]
+        """Return the next ``count`` samples without handing them out; where there are fewer, replayed ones besides."""
+        rows = [self.ledger.get(sample) for sample in self.pool.peek(count)]
+        if len(rows) < count and self.replay.share:
+            rows += islice(self.replay.draw({row.id for row in rows}), count - len(rows))
+        return rows
 
     def trained(self, samples: Iterable[Sample], passes: dict[int, int], step: int) -> None:
-        """Note that ``step`` trained ``samples`` and put them back for their next pass."""
+        """Note that ``step`` trained ``samples`` and put those of the pool back for their next pass."""
         rows = list(samples)
-        self.ledger.mark_trained((row.id for row in rows), step)
-        for row in rows:
+        mine = [row for row in rows if not row.replayed]
+        self.ledger.mark_trained((row.id for row in mine), step)
+        for row in mine:
             self.pool.add(row.id, row.sha256, passes[row.id] + 1)
+        self.replay.commit(step, (row for row in mine if not passes[row.id]), (row for row in rows if row.replayed))
 
     def give_back(self, samples: Iterable[Sample], passes: dict[int, int]) -> None:
         """Put samples that were handed out, but not trained, back in their places."""
@@ -122,7 +152,7 @@ class Supply:
         assert self._waiter is not None
         if not self._told_waiting:
             self._told_waiting = True
-            needed = self.batch - len(self.pool)
+            needed = self.needed - len(self.pool)
             self.journal.event("waiting", f"waiting for {needed} more samples", samples=needed)
         timeout_seconds = self.config.settle_seconds / 2 if self._unsettled else self.config.rescan_seconds
         self._waiter.wait(timeout_seconds, self.stopping)

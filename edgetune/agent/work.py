@@ -62,7 +62,7 @@ class Work:
         """
         self.bundle, self.config, self.parts, self.journal = bundle, config, parts, journal
         self.ledger, self.feeder, self.keeper, self.supply = ledger, feeder, keeper, supply
-        self.batch, self.seed = supply.batch, supply.seed
+        self.batch, self.seed, self.replay = supply.batch, supply.seed, supply.replay
         self.refresher = Refresher(bundle.manifest, journal)
         self.step, self.bad_batches, self.mean_seconds = 0, 0, 0.0
         self.accuracy_before: float | None = None
@@ -123,11 +123,13 @@ class Work:
         with telling_exhaustion(what), ceiling(self.enforcer.spare_bytes):
             yield
 
-    def make_step(self, take: Callable[[], Sample | None], fed: Fed) -> None:
+    def make_step(
+        self, take: Callable[[], Sample | None], fed: Fed, keep: Callable[[Fed], None] = lambda piece: None
+    ) -> None:
         """Make one step on the samples that ``take`` gives, a batch at most; what became of them is in ``fed``.
 
         The features of one piece of the batch are in memory at a time (``plan.tail_micro_batch``). Nothing is done
-        where there is no sample.
+        where there is no sample. ``keep`` sees each piece before it is trained.
 
         Raises:
             MemoryExhaustedError: the session may hold pieces of the step, and tells whether its state is whole.
@@ -139,6 +141,7 @@ class Work:
             self.feeder.feed(take, wanted, session, plan.micro_batch, self.computing, piece)
             self._phase_ended("trunk")
             if piece.samples:
+                keep(piece)
                 # In a list, which the session empties: the features are not in memory during the backward pass.
                 features, piece.features = list(piece.features), ()
                 with self.computing("the step"):

@@ -20,8 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from edgetune.agent.config import AgentConfig
 from edgetune.agent.loop import run_agent
+from edgetune.agent.settings import configured
 from edgetune.bundle import Bundle
 from edgetune.errors import EdgeTuneError
 from tests.agent.fakes import FakeSession, Workshop
@@ -54,8 +54,7 @@ def main() -> int:
         if told.get("file_limit") and session.step_number == told["file_limit"][0]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (told["file_limit"][1], resource.RLIM_INFINITY))
 
-    data, state = (Path(told["config"].pop(name)) for name in ("data", "state"))
-    config = AgentConfig(data=data, state=state, **told["config"])
+    config = configured(told["config"])
     if told.get("kill_at_sync"):
         die_at(told["kill_at_sync"])
     try:
