@@ -147,6 +147,35 @@ class Ledger:
         ).fetchone()[0]
         return count
 
+    def finished(self, epochs: int, after: int, limit: int) -> list[tuple[int, str, bool]]:
+        """Return up to ``limit`` rows with which nothing happens any more unless their source gives them
+        again: (id, path, whether a newer content has the same path), the oldest first.
+
+        Not among them: what has passes to make, what is in the replay buffer, and what a rollback to a kept checkpoint
+        may still change.
+
+        Args:
+            epochs: passes that a sample makes. after: ids up to this one are left out.
+        """
+        rows = self._db.execute(
+            "SELECT id, path, EXISTS (SELECT 1 FROM samples AS newer WHERE newer.path = samples.path AND "
+            "newer.id > samples.id) FROM samples WHERE id > ? AND (status IN ('quarantined', 'heldout') OR "
+            "(status = 'trained' AND passes >= ?)) AND id NOT IN (SELECT sample FROM visits) AND id NOT IN "
+            "(SELECT sample FROM replayed) ORDER BY id LIMIT ?",
+            (after, epochs, limit),
+        )
+        marked = {mark[1] for mark in (*self._visits, *self._replays)} | set(self._kept)
+        return [(sample, path, bool(newer)) for sample, path, newer in rows if sample not in marked]
+
+    def forget(self, samples: Iterable[int]) -> None:
+        """Delete rows for good: should their content come again, it is new."""
+        with self.transaction():
+            self._db.executemany("DELETE FROM samples WHERE id = ?", ((sample,) for sample in samples))
+
+    def __len__(self) -> int:
+        count: int = self._db.execute("SELECT COUNT(*) FROM samples").fetchone()[0]
+        return count
+
     def samples(self) -> Iterator[Sample]:
         """Yield every row, oldest first."""
         for row in self._db.execute(f"SELECT {self._columns} FROM samples ORDER BY id"):

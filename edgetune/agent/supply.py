@@ -15,9 +15,20 @@ from edgetune.agent.journal import Journal
 from edgetune.agent.ledger import Ledger, Sample
 from edgetune.agent.order import Pool
 from edgetune.agent.replay.buffer import NONE, Replay
+from edgetune.agent.sources import Source
 from edgetune.errors import DataError, StorageError
 
 _MOST_REPORTED = 50
+_MOST_CONSIDERED = 1024  # rows to be forgotten, per look
+
+
+def _gone(source: Source, path: str) -> bool:
+    """Return whether the source says that the entry is not there; one that cannot be read now may come back."""
+    try:
+        source.stat(path)
+    except DataError as error:
+        return str(error).startswith("missing")
+    return False
 
 
 class Supply:
@@ -44,6 +55,7 @@ class Supply:
         # Before the first look, so that nothing that arrives in between goes unseen.
         self._waiter = None if config.once else intake.source.waiter(config.rescan_seconds)
         self._look_failed = False
+        self._considered = 0
         self._unsettled = 0
         self._told_waiting = False
         self.quarantined = ledger.counts()["quarantined"]
@@ -146,6 +158,7 @@ class Supply:
             return
         self._look_failed = False
         self._absorb(taken)
+        self._forget()
 
     def wait(self) -> None:
         """Wait for a change in the folder (or a while), then look."""
@@ -181,6 +194,25 @@ class Supply:
         text = f"nothing to train on: {counts['quarantined']} files are quarantined, {counts['heldout']} held out"
         first = next((row for row in self.ledger.samples() if row.status == "quarantined"), None)
         return DataError(text if first is None else f"{text}; the first: {first.path}: {first.reason}; {convention}")
+
+    def _forget(self) -> None:
+        """Forget the oldest finished rows that the source does not give any more, beyond what is to be remembered.
+
+        A look considers so many rows at most, and the next one goes on behind them.
+        """
+        excess, source = len(self.ledger) - self.config.remember, self.intake.source
+        if excess <= 0 or source.absent() is not None:
+            return
+        rows = self.ledger.finished(self.config.epochs, self._considered, _MOST_CONSIDERED)
+        gone = [sample for sample, path, newer in rows if newer or _gone(source, path)][:excess]
+        self._considered = rows[-1][0] if len(rows) == _MOST_CONSIDERED else 0
+        if not gone:
+            return
+        try:
+            self.ledger.forget(gone)
+            self.journal.event("forgot", samples=len(gone), remembered=len(self.ledger))
+        except StorageError as error:
+            self.journal.storage_error(error)
 
     def _absorb(self, taken: Taken) -> None:
         self._unsettled = taken.unsettled

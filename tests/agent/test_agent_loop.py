@@ -365,3 +365,32 @@ def test_the_live_view_draws(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     view.close()
     shown = capsys.readouterr().out
     assert "something happened" in shown and "75.0%" in shown and "budget 1.00 MiB" in shown
+
+
+# ---- months --------------------------------------------------------------------------------------------------------
+def test_finished_samples_that_are_gone_are_forgotten(tmp_path: Path, bundle: Bundle) -> None:
+    """Ten days of 18 samples each, of which a cleaner leaves only today's: the ledger stays as large as it may be."""
+    sizes = []
+    for day in range(10):
+        for label, name in enumerate(CLASSES):
+            for file in (tmp_path / "data" / name).glob("*.png"):
+                file.unlink()
+            for seed in range(6):
+                make_image(tmp_path / "data" / name / f"{day}-{seed}.png", label, 10 * day + seed)
+        run(tmp_path, bundle, remember=40)
+        run(tmp_path, bundle, remember=40)  # the look at the start forgets what the run before has finished
+        ledger = Ledger(tmp_path / "state" / "ledger.sqlite")
+        sizes.append(len(ledger))
+        newest = {row.path for row in ledger.samples()}
+        assert {f"{name}/{day}-{seed}.png" for name in CLASSES for seed in range(6)} <= newest
+        ledger.close()
+    assert max(sizes) <= 18 + 40 and sizes[-1] < 60
+    assert sum(event["samples"] for event in events(tmp_path, "forgot")) == 180 - sizes[-1]
+    assert sum(step["samples"] for step in events(tmp_path, "step")) == 144, "the others are held out"
+
+
+def test_what_is_still_there_is_remembered(tmp_path: Path, bundle: Bundle) -> None:
+    make_folder(tmp_path / "data", 10)
+    for _ in range(3):
+        run(tmp_path, bundle, remember=0)
+    assert len(Ledger(tmp_path / "state" / "ledger.sqlite")) == 30 and not events(tmp_path, "forgot")

@@ -173,6 +173,26 @@ def test_quarantine_is_immediate_and_survives_a_rollback(tmp_path: Path) -> None
     assert [i for i, _, _ in ledger.trainable()] == [2, 3]
 
 
+def test_only_what_is_over_is_finished(tmp_path: Path) -> None:
+    ledger = ledger_with(tmp_path / "l", 8)
+    with ledger.transaction():
+        ledger.accept("0.png", "changed", (1, 1), 0, holdout=0)  # 9: a newer content of the first path
+    ledger.mark_trained([1, 2, 3, 4, 5], step=1)
+    ledger.mark_trained([1, 2, 3, 4], step=2)
+    ledger.mark_kept(2, True)
+    ledger.flush(prune_through_step=2)
+    ledger.quarantine([6], "poison", 3)
+    ledger.mark_replayed([3], step=4)
+    assert ledger.finished(2, 0, 9) == [(1, "0.png", True), (4, "3.png", False), (6, "5.png", False)]
+    ledger.flush()
+    assert [row[0] for row in ledger.finished(2, 0, 9)] == [1, 4, 6], "a rollback may still change the third"
+    ledger.flush(prune_through_step=4)
+    assert [row[0] for row in ledger.finished(2, 1, 2)] == [3, 4]
+    ledger.forget([1, 3])
+    assert [row.id for row in ledger.samples()] == [2, 4, 5, 6, 7, 8, 9] and len(ledger) == 7
+    assert ledger.by_content("hash0") is None
+
+
 def test_ledgers_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "noise").write_bytes(b"not a database at all" * 100)
     with pytest.raises(StateError, match="damaged"):
