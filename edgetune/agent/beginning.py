@@ -23,7 +23,8 @@ from edgetune.planning.spectra import Calibration, identity_calibration
 
 
 def begin(work: Work, stopping: Callable[[], bool]) -> None:
-    """Calibrate on the first batches, plan, measure the untrained model, and keep that as step 0.
+    """Calibrate on the next batches, plan, measure the untrained model, and keep that: as step 0, or as the step at
+    which the bundle was replaced.
 
     Waits for a batch first; nothing is done if ``stopping()`` before there is one.
     """
@@ -83,10 +84,11 @@ def go_back(work: Work) -> None:
     """Take up the newest checkpoint again: what was done since has never happened."""
     found = work.keeper.restore()
     work.supply.rebuild()
-    if found is not None:
+    if found is not None and not work.keeper.foreign:
         resume(work, found.tensors, found.position)
-    else:  # the disk never took a checkpoint: begin again from the exported weights
-        work.step = 0
+    else:  # the disk never took a checkpoint of this bundle: begin again from the exported weights
+        work.step = 0 if found is None else found.step
+        work.keeper.set_calibration(work.step, work.budgeter.plan.calibration)
         work.make_session()
         work.refresher.restart(work.budgeter.plan)
 

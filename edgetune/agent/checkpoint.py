@@ -210,9 +210,16 @@ def read_position(path: Path) -> dict[str, Any]:
     return position
 
 
-def prune(directory: Path) -> int:
-    """Delete all but the newest :data:`KEPT` checkpoints and return the step of the oldest one left (0: none)."""
+def prune(directory: Path, written: Path) -> int:
+    """Delete all but the newest :data:`KEPT` checkpoints and return the step of the oldest one left.
+
+    Of those of the same step, ``written`` (just now) is the newest, whatever the clock says; the others are deleted.
+    """
     paths = listed(directory)
+    mine = next((step for step, path in paths if path == written), None)
+    for path in [path for step, path in paths if step == mine and path != written]:
+        path.unlink(missing_ok=True)
+    paths = [(step, path) for step, path in paths if step != mine or path == written]
     for _, path in paths[KEPT:]:
         path.unlink(missing_ok=True)
     return paths[min(len(paths), KEPT) - 1][0] if paths else 0

@@ -27,10 +27,16 @@ from edgetune.planning.spectra import Calibration
 
 
 class Keeper:
-    """Saves to and restores from the state directory ``path``. ``saved_step`` is that of the newest checkpoint."""
+    """Saves to and restores from the state directory ``path``.
 
-    def __init__(self, path: Path, ledger: Ledger, journal: Journal, replay: Replay) -> None:
-        self.path, self.ledger, self.journal, self.replay = path, ledger, journal, replay
+    ``saved_step`` is that of the newest checkpoint. ``foreign``: the one that was restored belongs to the bundle
+    before; its step and the replay buffer count, its weights do not.
+    """
+
+    def __init__(self, path: Path, ledger: Ledger, journal: Journal, replay: Replay, bundle: str) -> None:
+        """Keep the state of the bundle whose digest is ``bundle``."""
+        self.path, self.ledger, self.journal, self.replay, self.bundle = path, ledger, journal, replay, bundle
+        self.foreign = False
         self.saved_step: int | None = None
         self._oldest_step = -1
         self._calibration: Calibration | None = None
@@ -61,7 +67,7 @@ class Keeper:
             told = {**position, "calibration": self._calibration_name, "replay": self.replay.to_plain()}
             written = checkpoints.write(self.path, step, tensors(), told, self.replay.arrays())
             self.saved_step = step  # it is on the disk, whatever becomes of the tidying
-            self._oldest_step = checkpoints.prune(self.path)
+            self._oldest_step = checkpoints.prune(self.path, written)
             kept = [checkpoints.read_position(path) for _, path in checkpoints.listed(self.path)]
             calibrations.prune(self.path, kept)
             self.replay.tidy(self._oldest_step)
@@ -112,10 +118,15 @@ class Keeper:
         others = (checkpoints.load(path) for _, path in checkpoints.listed(self.path) if found and path != found.path)
         self.replay.restore(found, others)
         self._calibration = self._calibration_name = None
-        if found is not None and found.position.get("calibration"):
+        self.foreign = found is not None and found.position.get("bundle", self.bundle) != self.bundle
+        if self.foreign:
+            self.saved_step = None
+            text = f"the bundle was replaced: its weights go on at step {step}"
+            self.journal.event("bundle_replaced", text, step=step, bundle=self.bundle)
+        elif found is not None and found.position.get("calibration"):
             self._calibration_name = str(found.position["calibration"])
             self._calibration = calibrations.load(self.path, self._calibration_name)
-        if found is not None:
+        if found is not None and not self.foreign:
             self.journal.event("restored", f"resumed at step {step}", step=step, marks_taken_back=marks)
         return found
 

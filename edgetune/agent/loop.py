@@ -27,7 +27,7 @@ from edgetune.agent.service.service import Service
 from edgetune.agent.service.states import State
 from edgetune.agent.signals import stopping_on_signals
 from edgetune.agent.sources import open_source
-from edgetune.agent.state import LOCK, StateDirectory
+from edgetune.agent.state import LOCK, StateDirectory, samples_of
 from edgetune.agent.step import train_step
 from edgetune.agent.supply import Supply
 from edgetune.agent.view import View, make_view
@@ -67,8 +67,10 @@ def run_agent(bundle: Bundle, config: AgentConfig, *, parts: Parts | None = None
     source = open_source(config.data, manifest.classes, decoder.suffixes, config.intake, config.state)
     with ExitStack() as stack:
         stack.callback(source.close)
-        made_with = {"digest": bundle.digest, "model": manifest.model}
-        state = StateDirectory(config.state, **made_with, batch=config.batch, seed=config.seed)
+        state = StateDirectory(
+            config.state, digest=bundle.digest, model=manifest.model, batch=config.batch, seed=config.seed,
+            samples=samples_of(bundle),
+        )  # fmt: skip
         stack.callback(state.close)
         ledger = Ledger(state.ledger_path)
         stack.callback(ledger.close)
@@ -106,7 +108,7 @@ class Agent:
         self.bundle, self.config, self.ledger, self.journal, self.feeder = bundle, config, ledger, journal, feeder
         replay = Replay(state.path, config.replay, bundle, journal, ledger, batch=state.batch, seed=state.seed)
         feeder.replay = replay
-        self.keeper = Keeper(state.path, ledger, journal, replay)
+        self.keeper = Keeper(state.path, ledger, journal, replay, bundle.digest)
         intake = Intake(
             feeder.source, feeder.decoder, ledger, holdout=config.holdout, settle_seconds=config.settle_seconds
         )
@@ -133,7 +135,8 @@ class Agent:
         found = self.keeper.restore()
         supply.look()
         supply.rebuild()
-        if config.once and found is None and self.stop_reason is None and not supply.ready():
+        new = found is None or self.keeper.foreign
+        if config.once and new and self.stop_reason is None and not supply.ready():
             raise supply.no_data()
         if parts is None:
             parts = real_parts(metrics=config.service.metrics_port is not None)
@@ -170,7 +173,8 @@ class Agent:
         """Begin, or go on from ``found``; return whether that is done: if not, there must be more memory first."""
         try:
             # A state that was stopped before its first batch has never been calibrated.
-            if found is None or (found.step == 0 and self.keeper.calibration is None):
+            if found is None or self.keeper.foreign or (found.step == 0 and self.keeper.calibration is None):
+                work.step = 0 if found is None else found.step
                 begin(work, self.stopping)
             else:
                 resume(work, found.tensors, found.position)

@@ -93,6 +93,10 @@ def run(
     seed: Annotated[
         int | None, typer.Option("--seed", help="Order of the samples (default: as the state was made with, else 0).")
     ] = None,
+    replace_bundle: Annotated[
+        bool,
+        typer.Option("--replace-bundle", help="Go on in a state made with another bundle: with this one's weights."),
+    ] = False,
     quiet: Annotated[bool | None, typer.Option("--quiet/--no-quiet", help="Print nothing but errors.")] = None,
     supervise: Annotated[
         bool, typer.Option("--supervise/--no-supervise", help="Start the agent again when it is killed (default).")
@@ -102,6 +106,7 @@ def run(
 
     Of a setting that is given more than once, an option wins over --set, and that over the configuration file.
     """
+    from edgetune.agent import state as state_directory
     from edgetune.agent.loop import run_agent
     from edgetune.agent.settings import assignment, configured, merged, read
     from edgetune.bundle import Bundle
@@ -148,6 +153,8 @@ def run(
             f"{' and '.join(missing)} must be given: edgetune run BUNDLE --data SOURCE --state DIR, or in --config FILE"
         )
     asked = configured(given)
+    if replace_bundle:
+        state_directory.replace_bundle(asked.state, Bundle.open(path))
     if supervise:
         asked.check(Bundle.open(path, verify=False).manifest.optimizer.scalars)
         _become_the_supervisor(Path(path), asked)

@@ -234,8 +234,8 @@ def test_a_checkpoint_round_trips_and_is_an_ordinary_safetensors_file(tmp_path: 
 
 def test_the_last_two_are_kept(tmp_path: Path) -> None:
     for step in (0, 20, 40, 60):
-        checkpoint.write(tmp_path, step, TENSORS, {})
-        oldest = checkpoint.prune(tmp_path)
+        written = checkpoint.write(tmp_path, step, TENSORS, {})
+        oldest = checkpoint.prune(tmp_path, written)
     assert [step for step, _ in checkpoint.listed(tmp_path)] == [60, 40] and oldest == 40
 
 
