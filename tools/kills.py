@@ -2,13 +2,16 @@
 
     python tools/kills.py --kills 100                     (needs the host's and the demo's packages: it exports digits)
     python tools/kills.py --kills 20 --bundle B --data D  (a bundle and a folder that are there already)
+    python tools/kills.py --replay raw --replay features --set drift.boost=2
 
 Every run is the ordinary command line in processes of its own, with a fixed ε. Half of the kills hit the worker alone,
 whose supervisor then starts the next one; half hit the whole process group, and the command is given again. A moment is
 drawn evenly from the time in which an undisturbed worker starts and takes two checkpoints; a worker that follows two
 which got nowhere is spared until its first checkpoint (three such deaths in a row are meant to change the plan). Runs
 follow each other until there are enough kills; each one's final weights (SHA-256 over all tensors of its last
-checkpoint), ledger and losses are compared. Exit code 1 if anything differs.
+checkpoint), ledger, losses and replay buffer (its index, and every file of it) are compared. Besides, ledger and log
+are held against each other and against the folder: no sample lost, none trained twice. The kills are shared evenly
+among the kinds of replay. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -24,31 +27,38 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 if __package__ in (None, ""):
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from edgetune.agent import checkpoint
-from edgetune.agent.ledger import Ledger
+from edgetune.agent.ledger import Ledger, Sample
+from edgetune.agent.replay.index import digests_of
 from edgetune.agent.supervisor import newest_step
+from edgetune.bundle import Array
 from edgetune.telemetry import runlog
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER, GROUP = "worker", "process group"
 EPSILON, BATCH, EVERY = 0.9, 32, 5
+LIMITS = {"none": "0", "raw": "1MiB", "features": "2MiB"}
+"""So small that the buffer drops samples in nearly every step."""
 POLL_SECONDS = 0.005
 
 
 @dataclass
 class Result:
-    """What a finished run left behind."""
+    """What a finished run left behind. ``wrong``: where ledger, log and folder contradict each other."""
 
     weights: str
-    ledger: list[tuple[str, str, int | None, int]]
+    ledger: list[tuple[str, str, int | None, int, int]]
     losses: list[float]
+    buffer: str = ""
+    wrong: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -65,41 +75,76 @@ class Tally:
 
 @dataclass(frozen=True)
 class Job:
-    """What is run: a bundle on a folder of samples, for so many passes over them."""
+    """What is run: a bundle on a folder of samples, for so many passes over them, with so much replay."""
 
     bundle: Path
     data: Path
     epochs: int
+    replay: str = "none"
+    settings: tuple[str, ...] = ()
 
     def start(self, state: Path) -> subprocess.Popen[bytes]:
         """Start the command in a process group of its own."""
         options = ["--epsilon", EPSILON, "--batch", BATCH, "--epochs", self.epochs, "--checkpoint-every", EVERY]
+        settings = (f"replay.kind={self.replay}", f"replay.limit_bytes={LIMITS[self.replay]}", *self.settings)
+        options += [word for setting in settings for word in ("--set", setting)]
         line = ["run", self.bundle, "--data", self.data, "--state", state, *options, "--once", "--quiet"]
         words = [sys.executable, "-m", "edgetune", *map(str, line)]
         return subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
 
 
-def result(state: Path) -> Result:
-    """Return what the finished run in ``state`` left behind."""
+def result(state: Path, job: Job) -> Result:
+    """Return what the finished run of ``job`` in ``state`` left behind."""
     found = checkpoint.load_newest(state, lambda path: None)
     assert found is not None
-    digest = hashlib.sha256()
-    for name in sorted(found.tensors):
-        value = found.tensors[name]
-        digest.update(f"{name} {value.dtype} {value.shape}\n".encode() + value.tobytes())
     ledger = Ledger(state / "ledger.sqlite")
     try:
-        rows = [(s.path, s.status, s.step, s.passes) for s in ledger.samples()]
+        samples = list(ledger.samples())
     finally:
         ledger.close()
-    return Result(digest.hexdigest(), rows, [float(record["loss"]) for record in runlog.steps(state / "log.jsonl")])
+    steps = runlog.steps(state / "log.jsonl")
+    rows = [(s.path, s.status, s.step, s.passes, s.replays) for s in samples]
+    index = found.parts.get("replay")
+    kept = sorted(digest for digest, _ in digests_of(index)) if index is not None else []
+    buffer = hashlib.sha256(_hash(found.parts).encode())
+    for digest in kept:
+        (file,) = (state / "replay").glob(f"{digest}.*")
+        buffer.update(file.read_bytes())
+    return Result(
+        _hash(found.tensors), rows, [float(record["loss"]) for record in steps], buffer.hexdigest(),
+        contradictions(samples, steps, kept, sorted(p.relative_to(job.data).as_posix() for p in job.data.rglob("*.*"))),
+    )  # fmt: skip
+
+
+def _hash(tensors: Mapping[str, Array]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name]
+        digest.update(f"{name} {value.dtype} {value.shape}\n".encode() + value.tobytes())
+    return digest.hexdigest()
+
+
+def contradictions(samples: list[Sample], steps: list[dict[str, Any]], kept: list[str], files: list[str]) -> list[str]:
+    """Return what ledger, log, replay buffer and folder do not agree in, in words: samples lost, or trained twice."""
+    replayed = sum(step["replayed"] for step in steps)
+    trained = sum(step["samples"] for step in steps) - replayed
+    used = [sample for sample in samples if sample.status in ("trained", "replayable")]
+    said = {
+        "a sample lost": sorted(sample.path for sample in samples) == files,
+        "a sample not trained": all(sample.status != "new" for sample in samples),
+        "passes that differ": len({sample.passes for sample in used}) <= 1,
+        "a sample trained twice": sum(sample.passes for sample in samples) == trained,
+        "a sample replayed unknown to the ledger": sum(sample.replays for sample in samples) == replayed,
+        "a buffer unknown to the ledger": sorted(s.sha256 for s in samples if s.status == "replayable") == kept,
+    }
+    return [text for text, true in said.items() if not true]
 
 
 def differences(one: Result, other: Result) -> list[str]:
-    """Return what is not the same in two results, in words."""
+    """Return what is not the same in two results, and what is wrong in the first, in words."""
     found = {"weights": one.weights == other.weights, "ledger": one.ledger == other.ledger}
-    found["losses"] = one.losses == other.losses
-    return [what for what, same in found.items() if not same]
+    found |= {"losses": one.losses == other.losses, "replay buffer": one.buffer == other.buffer}
+    return [what for what, same in found.items() if not same] + one.wrong
 
 
 def undisturbed(job: Job, state: Path) -> tuple[Result, float]:
@@ -112,7 +157,10 @@ def undisturbed(job: Job, state: Path) -> tuple[Result, float]:
     _, said = process.communicate()
     if process.returncode != 0:
         raise RuntimeError(f"the undisturbed run failed with exit code {process.returncode}: {said.decode()}")
-    return result(state), seconds
+    found = result(state, job)
+    if found.wrong:
+        raise RuntimeError(f"the undisturbed run contradicts itself: {', '.join(found.wrong)}")
+    return found, seconds
 
 
 def disturbed(job: Job, state: Path, mode: str, kills: int, longest_seconds: float, rng: random.Random) -> Tally:
@@ -235,12 +283,13 @@ def campaign(job: Job, root: Path, kills: int, seed: int) -> dict[str, Tally]:
         while total.kills < wanted:
             state = root / f"{mode.replace(' ', '-')}-{total.runs}"
             one = disturbed(job, state, mode, wanted - total.kills, seconds, rng)
-            found = differences(result(state), reference)
+            found = differences(result(state, job), reference)
             total.runs, total.kills = total.runs + 1, total.kills + one.kills
             total.before_first_step += one.before_first_step
             total.steps, total.steps_repeated = total.steps + one.steps, total.steps_repeated + one.steps_repeated
             total.different += [f"{what} of run {total.runs}" for what in found]
-            print(f"{mode}: {total.kills} kills in {total.runs} runs", file=sys.stderr, flush=True)
+            said = f"{mode}, replay {job.replay}: {total.kills} kills in {total.runs} runs"
+            print(said, "" if not found else f"DIFFERENT: {found}", file=sys.stderr, flush=True)
             shutil.rmtree(state)
     return tallies
 
@@ -254,12 +303,19 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--bundle", type=Path, help="instead of exporting digits; with --data")
     parser.add_argument("--data", type=Path)
+    parser.add_argument("--replay", choices=sorted(LIMITS), action="append", help="a kind, may be repeated (none)")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="a setting, may be repeated")
     parser.add_argument("--keep", type=Path, help="keep bundle and data in this new directory")
     given = parser.parse_args()
     with place(given.keep) as root:
         ready = (given.bundle, given.data) if given.bundle and given.data else digits(root, given.samples)
-        job = Job(ready[0].resolve(), ready[1].resolve(), given.epochs)
-        tallies = campaign(job, root, given.kills, given.seed)
+        tallies: dict[str, Tally] = {}
+        kinds = given.replay or ["none"]
+        for number, kind in enumerate(kinds):
+            job = Job(ready[0].resolve(), ready[1].resolve(), given.epochs, kind, tuple(given.set))
+            share = given.kills * (number + 1) // len(kinds) - given.kills * number // len(kinds)
+            found = campaign(job, root / kind, share, given.seed + number)
+            tallies |= {f"{mode}, replay {kind}": tally for mode, tally in found.items()}
     print(table(tallies))
     return int(any(tally.different for tally in tallies.values()))
 
