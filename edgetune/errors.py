@@ -84,6 +84,12 @@ class NotAliveError(EdgeTuneError):
     exit_code = 13
 
 
+class GateError(EdgeTuneError):
+    """A model is not promoted: the held-out samples do not speak for it."""
+
+    exit_code = 14
+
+
 def choices(values: Iterable[str]) -> str:
     """Return ``values`` sorted and joined, for the end of an error message."""
     return ", ".join(sorted(values))
