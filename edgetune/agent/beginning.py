@@ -60,6 +60,7 @@ def resume(work: Work, tensors: Mapping[str, Array], position: Mapping[str, Any]
     """Go on from a checkpoint: with its plan where the request is the same, else with a new one."""
     work.step = int(position["step"])
     work.accuracy_before, work.accuracy = position["accuracy_before"], position["accuracy"]
+    work.gate.from_plain(position.get("gate"))
     work.refresher.certificate = Certificate.from_plain(position["certificate"])
     calibration = work.keeper.calibration
     if PlanRequest(**position["request"]) == work.budgeter.request:
@@ -78,6 +79,7 @@ def resume(work: Work, tensors: Mapping[str, Array], position: Mapping[str, Any]
         work.refresher.restart(work.budgeter.plan)
     work.enforcer.heed_deaths()
     work.session.load_state(tensors)
+    work.gate.catch_up()
 
 
 def go_back(work: Work) -> None:

@@ -129,11 +129,13 @@ class Ledger:
             if sample not in gone:
                 yield sample, sha256, passes + extra.get(sample, 0)
 
-    def heldout(self, limit: int) -> list[int]:
-        """Return the ids of the held-out samples, the oldest ``limit`` of them."""
+    def heldout(self) -> Iterator[tuple[int, str, int, str | None]]:
+        """Yield id, sha256, label and task of every held-out sample, the oldest first."""
         gone = {sample for _, _, sample in self._quarantines}
-        rows = self._db.execute("SELECT id FROM samples WHERE status = 'heldout' ORDER BY id LIMIT ?", (limit,))
-        return [row[0] for row in rows if row[0] not in gone]
+        query = "SELECT id, sha256, label, task FROM samples WHERE status = 'heldout' ORDER BY id"
+        for row in self._db.execute(query):
+            if row[0] not in gone:
+                yield row
 
     def counts(self) -> dict[str, int]:
         """Return how many samples have each status (on the disk: as of the last checkpoint)."""

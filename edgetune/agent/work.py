@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
-
 from edgetune.agent.allowance import AllowanceReader
 from edgetune.agent.budget import Budgeter, PlanRequest, same_shape, summary
 from edgetune.agent.cache import FeatureCache
@@ -21,6 +19,7 @@ from edgetune.agent.config import AgentConfig
 from edgetune.agent.deaths import read_deaths
 from edgetune.agent.enforcement import Enforcer
 from edgetune.agent.feeder import Fed, Feeder
+from edgetune.agent.gate.gatekeeper import Gatekeeper
 from edgetune.agent.journal import Journal
 from edgetune.agent.keeper import Keeper
 from edgetune.agent.ledger import Ledger, Sample
@@ -32,12 +31,9 @@ from edgetune.agent.view import Snapshot
 from edgetune.bundle import Array, Bundle
 from edgetune.engines.calibration import Measures
 from edgetune.engines.exhaustion import telling_exhaustion
-from edgetune.errors import MemoryExhaustedError
 from edgetune.planning.plan import Plan
 from edgetune.planning.selection import described
 from edgetune.units import format_bytes
-
-MOST_EVALUATED = 1024
 
 
 class Work:
@@ -85,6 +81,8 @@ class Work:
             deaths=read_deaths(keeper.path), step=lambda: self.step,
         )  # fmt: skip
         feeder.cache = FeatureCache(bundle.manifest.features, self.budgeter.plan.cache_bytes)
+        self.gate = Gatekeeper(self)
+        self.gate.open()
         self.loaded = False
         self._runtime_bytes, self._phases_bytes = runtime_bytes, dict[str, int]()
         self._timeline_of: Plan | None = None
@@ -172,41 +170,8 @@ class Work:
         return self.feeder.batches(rows, plan.tail_micro_batch, self.session, plan.micro_batch, self.computing)
 
     def evaluate(self) -> float | None:
-        """Return the accuracy on the held-out samples (the oldest MOST_EVALUATED); None if there are none."""
-        rows = [self.ledger.get(sample) for sample in self.ledger.heldout(MOST_EVALUATED)]
-        if not rows:
-            return None
-        started = time.perf_counter()
-        self.begin_measuring()
-        try:
-            correct, total = self._count(rows)
-        except MemoryExhaustedError as error:
-            text = str(error)
-        else:
-            self.accuracy = correct / total if total else None
-            peak_bytes = self.feeder.peak_bytes(self.parts.meter)
-            self.journal.event(
-                "evaluated", "" if self.accuracy is None else f"held-out accuracy {self.accuracy:.1%}",
-                step=self.step, accuracy=self.accuracy, correct=correct, samples=total,
-                measured_peak_bytes=max(peak_bytes, self.feeder.decode_peak_bytes),
-                seconds={"evaluate": round(time.perf_counter() - started, 6)},
-            )  # fmt: skip
-            self.judge("the evaluation", peak_bytes)
-            return self.accuracy
-        self.enforcer.exhausted(f"at step {self.step}, in the evaluation, which is left out: {text}")
-        return self.accuracy
-
-    def _count(self, rows: list[Sample]) -> tuple[int, int]:
-        """Return how many of ``rows`` the model gets right, and how many could be read."""
-        correct = total = 0
-        for fed in self.feeder.images(rows, self.budgeter.plan.micro_batch):
-            self.supply.quarantine(fed.bad)
-            if fed.samples:
-                with self.computing("the evaluation"):
-                    logits = self.session.predict(fed.features[0])
-                correct += int(np.sum(np.argmax(logits, axis=1) == fed.labels))
-                total += len(fed.samples)
-        return correct, total
+        """Return the accuracy on the held-out samples; None if there are none."""
+        return self.gate.evaluate()
 
     def begin_measuring(self) -> None:
         """Let the high-water mark start anew; pictures that are unpacked are told apart from what is planned."""
@@ -245,7 +210,7 @@ class Work:
 
     def save(self, *, evaluate: bool = True) -> bool:
         """Make everything up to this step permanent; return whether the disk let it happen."""
-        if evaluate:
+        if evaluate and self.gate.due(self.step):
             self.evaluate()
         position = {
             "bundle": self.bundle.digest,
@@ -257,6 +222,7 @@ class Work:
             "certificate": self.refresher.certificate.to_plain(),
             "accuracy_before": self.accuracy_before,
             "accuracy": self.accuracy,
+            "gate": self.gate.to_plain(),
         }
         newer = self.step != self.keeper.saved_step
         self.parts.meter.reset()
@@ -267,6 +233,8 @@ class Work:
         )  # fmt: skip
         if saved and newer:
             self.bad_batches = 0
+        if saved:
+            self.gate.consider()
         return saved
 
     def _save_before_a_wait(self) -> None:

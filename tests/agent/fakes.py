@@ -96,7 +96,7 @@ def make_bundle(path: Path, model: str = "fake") -> Bundle:
     path.mkdir(parents=True)
     for name in ("train.onnx", "train.flat.onnx"):
         (path / name).write_text("not a graph: the fake session has its own")
-    (path / "infer.onnx").write_bytes(b"")  # an empty message: a graph without nodes
+    (path / "infer.onnx").write_bytes(b"\x3a\x00")  # a model of onnx.proto: a graph without anything
     weight = np.random.default_rng(0).normal(0, 0.01, (3, 48)).astype(np.float32)
     save_file({"head.weight": weight}, path / "weights.safetensors")
     return write_manifest(path, make_manifest(model))

@@ -83,10 +83,10 @@ def test_a_whole_run_learns_and_says_everything(tmp_path: Path, bundle: Bundle) 
         "new": 0, "heldout": 6, "trained": 24, "replayable": 0, "quarantined": 0,
     }  # fmt: skip
     kinds = [record["event"] for record in events(tmp_path) if record["event"] != "state"]
-    assert kinds[:4] == ["start", "arrived", "engine", "calibrated"]
-    assert kinds[4:10] == ["planned", "evaluated", "checkpoint", "rehearsed", "timeline", "planned"]
-    assert kinds[10:12] == ["step", "timeline"] and kinds.count("timeline") == 2  # one per plan that was measured
-    assert kinds[-3:] == ["evaluated", "checkpoint", "stopped"] and kinds.count("step") == 12
+    assert kinds[:5] == ["start", "arrived", "engine", "promoted", "calibrated"]
+    assert kinds[5:11] == ["planned", "evaluated", "checkpoint", "rehearsed", "timeline", "planned"]
+    assert kinds[11:13] == ["step", "timeline"] and kinds.count("timeline") == 2  # one per plan that was measured
+    assert kinds[-4:] == ["evaluated", "checkpoint", "not_promoted", "stopped"] and kinds.count("step") == 12
     step = events(tmp_path, "step")[-1]
     assert step["step"] == 12 and step["epoch"] == 1 and step["samples"] == 4 and step["accuracy"] == 1.0
     assert (
@@ -167,10 +167,10 @@ def test_an_empty_folder_is_an_error_that_says_what_to_do(tmp_path: Path, bundle
 def test_a_foreign_bundle_is_refused_and_the_state_left_alone(tmp_path: Path, bundle: Bundle) -> None:
     make_folder(tmp_path / "data", 4)
     run(tmp_path, bundle)
-    before = {p.name: p.read_bytes() for p in (tmp_path / "state").iterdir()}
+    before = {p.name: p.read_bytes() for p in (tmp_path / "state").rglob("*") if p.is_file()}
     with pytest.raises(StateError, match=r"another bundle.*'fake'.*'other'"):
         run(tmp_path, make_bundle(tmp_path / "other", "other"))
-    assert {p.name: p.read_bytes() for p in (tmp_path / "state").iterdir()} == before
+    assert {p.name: p.read_bytes() for p in (tmp_path / "state").rglob("*") if p.is_file()} == before
 
 
 def test_wrong_options_are_reported_together(tmp_path: Path, bundle: Bundle) -> None:

@@ -93,7 +93,7 @@ def test_a_promoted_model_computes_what_the_session_does(tmp_path: Path, name: s
     session = session_of(bundle, batch=4, hyper={"learning_rate": 0.05})
     x, y = drawn((4, *shape), 1), np.arange(4) % 3
     untrained = tmp_path / "untrained.onnx"
-    onnxfile.write_model(untrained, bundle.path / "infer.onnx", onnxfile.inference_places(bundle), {})
+    onnxfile.write_model(untrained, onnxfile.skeleton_of(bundle), onnxfile.inference_places(bundle), {})
     with torch.inference_mode():
         exported = model(torch.from_numpy(x)).numpy()
     assert relative_error(outputs_of(untrained, x)[0], exported) <= 1e-5
@@ -102,7 +102,7 @@ def test_a_promoted_model_computes_what_the_session_does(tmp_path: Path, name: s
     state = checkpoint_of(session.state(), tmp_path / "c.safetensors")
     trained = tmp_path / "trained.onnx"
     weights = onnxfile.inference_places(bundle, places_in(state))
-    onnxfile.write_model(trained, bundle.path / bundle.manifest.inference.file, weights, {"version": "2"})
+    onnxfile.write_model(trained, onnxfile.skeleton_of(bundle), weights, {"version": "2"})
     onnx.checker.check_model(str(trained), full_check=True)
     expected = session.predict(x)
     found = outputs_of(trained, x)[0]
@@ -117,13 +117,15 @@ def test_what_onnx_reads_back_is_what_was_written(tmp_path: Path) -> None:
     places = onnxfile.inference_places(bundle)
     said = onnxfile.about(bundle) | {"version": "7", "score": "", "odd": "ε ∂ \n"}
     path = tmp_path / "m.onnx"
-    digest = onnxfile.write_model(path, bundle.path / "infer.onnx", places, said)
+    digest = onnxfile.write_model(path, onnxfile.skeleton_of(bundle), places, said)
     assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     read = onnx.load(path)
-    assert {p.key: p.value for p in read.metadata_props} == said == onnxfile.read_metadata(path)
+    assert {p.key: p.value for p in read.metadata_props} == said == onnxfile.open_model(path).metadata
     values = {t.name: numpy_helper.to_array(t) for t in read.graph.initializer}
     assert len(values) == len(read.graph.initializer) and set(places) <= set(values)
-    again = onnxfile.read_places(path)
+    again = onnxfile.open_model(path).weights
+    assert set(again) == set(places)
+    assert b"".join(onnxfile.open_model(path).skeleton.pieces()) == b"".join(onnxfile.skeleton_of(bundle).pieces())
     for name, place in places.items():
         assert (
             values[name].tobytes() == place.read().tobytes() == again[name].read().tobytes() == b"".join(place.pieces())
@@ -137,7 +139,7 @@ def test_what_onnx_reads_back_is_what_was_written(tmp_path: Path) -> None:
 def test_a_serving_process_needs_neither_this_package_nor_onnx(tmp_path: Path) -> None:
     bundle = bundle_of("dense")
     path = tmp_path / "m.onnx"
-    onnxfile.write_model(path, bundle.path / "infer.onnx", onnxfile.inference_places(bundle), onnxfile.about(bundle))
+    onnxfile.write_model(path, onnxfile.skeleton_of(bundle), onnxfile.inference_places(bundle), onnxfile.about(bundle))
     x, _ = samples(3)
     np.save(tmp_path / "x.npy", x)
     told = in_fresh_process(Path(serve.__code__.co_filename), str(path), str(tmp_path / "x.npy"))
@@ -154,7 +156,7 @@ def test_several_inputs_and_outputs_keep_their_names(tmp_path: Path) -> None:
         model, inputs, tmp_path / "b", train="classes", codec="dense", outputs=["classes", "score"]
     )
     path = tmp_path / "m.onnx"
-    onnxfile.write_model(path, bundle.path / "infer.onnx", onnxfile.inference_places(bundle), {})
+    onnxfile.write_model(path, onnxfile.skeleton_of(bundle), onnxfile.inference_places(bundle), {})
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_outputs()]
     assert names == [spec.name for spec in bundle.manifest.outputs] == list(bundle.manifest.inference.outputs)
@@ -181,7 +183,7 @@ def test_a_file_that_is_too_large_is_refused_before_it_is_written(
     bundle = bundle_of("dense")
     monkeypatch.setattr(onnxfile, "MOST_BYTES", 1000)
     with pytest.raises(BundleError, match="an ONNX file can have 1000"):
-        onnxfile.write_model(tmp_path / "m.onnx", bundle.path / "infer.onnx", onnxfile.inference_places(bundle), {})
+        onnxfile.write_model(tmp_path / "m.onnx", onnxfile.skeleton_of(bundle), onnxfile.inference_places(bundle), {})
     assert not list(tmp_path.iterdir())
 
 
@@ -189,7 +191,7 @@ def test_a_disk_that_refuses_leaves_nothing_behind(tmp_path: Path) -> None:
     bundle = bundle_of("dense")
     with pytest.raises(StorageError, match="cannot write the model"):
         onnxfile.write_model(
-            tmp_path / "absent" / "m.onnx", bundle.path / "infer.onnx", onnxfile.inference_places(bundle), {}
+            tmp_path / "absent" / "m.onnx", onnxfile.skeleton_of(bundle), onnxfile.inference_places(bundle), {}
         )
 
 
@@ -197,13 +199,13 @@ def test_a_disk_that_refuses_leaves_nothing_behind(tmp_path: Path) -> None:
 def test_a_torn_file_is_told_apart(tmp_path: Path, cut: int) -> None:
     bundle = bundle_of("dense")
     path = tmp_path / "m.onnx"
-    onnxfile.write_model(path, bundle.path / "infer.onnx", onnxfile.inference_places(bundle), onnxfile.about(bundle))
+    onnxfile.write_model(path, onnxfile.skeleton_of(bundle), onnxfile.inference_places(bundle), onnxfile.about(bundle))
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(StateError, match=r"m\.onnx cannot be read"):
-        onnxfile.read_metadata(path)
+        onnxfile.open_model(path)
     path.write_bytes(b"\xff" * 30)
     with pytest.raises(StateError, match=r"m\.onnx cannot be read"):
-        onnxfile.read_places(path)
+        onnxfile.open_model(path)
 
 
 def test_a_file_of_weights_with_a_lying_header_is_refused(tmp_path: Path) -> None:

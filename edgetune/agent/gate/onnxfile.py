@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +24,13 @@ from edgetune.errors import BundleError, StateError
 MOST_BYTES = 2**31 - 1
 """What a message of Protocol Buffers may have, and so an ONNX file with its weights inside."""
 _NUMPY = {number: name for name, number in wire.ELEMENT_TYPES.items()}
+
+
+def skeleton_of(bundle: Bundle) -> Place:
+    """Return where the bundle's graph for inference lies."""
+    path = bundle.path / bundle.manifest.inference.file
+    size = path.stat().st_size
+    return Place(path, "uint8", (size,), 0, size)
 
 
 def inference_places(bundle: Bundle, trained: Mapping[str, Place] | None = None) -> dict[str, Place]:
@@ -64,11 +73,11 @@ def about(bundle: Bundle) -> dict[str, str]:
     }
 
 
-def write_model(path: Path, skeleton: Path, weights: Mapping[str, Place], metadata: Mapping[str, str]) -> str:
+def write_model(path: Path, skeleton: Place, weights: Mapping[str, Place], metadata: Mapping[str, str]) -> str:
     """Write the file ``path`` and flush it to the disk; return its SHA-256.
 
     Args:
-        skeleton: the graph without these ``weights``.
+        skeleton: the graph without these ``weights``, as :func:`skeleton_of` or :func:`open_model` gives it.
 
     Raises:
         StorageError: the disk refused; there is no ``path``. BundleError: the file would exceed :data:`MOST_BYTES`.
@@ -76,11 +85,11 @@ def write_model(path: Path, skeleton: Path, weights: Mapping[str, Place], metada
     heads = {name: _tensor_head(name, place) for name, place in weights.items()}
     sizes = {name: len(heads[name]) + place.length for name, place in weights.items()}
     graph_bytes = sum(len(wire.head(wire.GRAPH_INITIALIZER, size)) + size for size in sizes.values())
-    if graph_bytes + skeleton.stat().st_size > MOST_BYTES:
+    if graph_bytes + skeleton.length > MOST_BYTES:
         raise BundleError(f"the model has {graph_bytes} bytes of weights; an ONNX file can have {MOST_BYTES}")
 
     def content() -> Iterator[bytes]:
-        yield skeleton.read_bytes()
+        yield from skeleton.pieces()
         yield wire.head(wire.MODEL_GRAPH, graph_bytes)
         for name, place in weights.items():
             yield wire.head(wire.GRAPH_INITIALIZER, sizes[name]) + heads[name]
@@ -111,47 +120,41 @@ def _tensor_head(name: str, place: Place) -> bytes:
     return dims + kind + wire.message(wire.TENSOR_NAME, name.encode()) + wire.head(wire.TENSOR_RAW, place.length)
 
 
-def read_metadata(path: Path) -> dict[str, str]:
-    """Return what the file says of itself; its weights are not read.
+@dataclass(frozen=True)
+class ModelFile:
+    """What a file that :func:`write_model` made consists of: the graph alone, the weights that were put into it, and
+    what it says of itself."""
+
+    skeleton: Place
+    weights: Mapping[str, Place]
+    metadata: Mapping[str, str]
+
+
+def open_model(path: Path) -> ModelFile:
+    """Return what lies where in a file; no weight is read.
 
     Raises:
         StateError: it is missing or damaged.
     """
-    found = {}
+    weights, metadata, graphs, end = dict[str, Place](), dict[str, str](), 0, 0
     try:
         with path.open("rb") as stream:
-            for entry in wire.fields_in(stream, 0, path.stat().st_size):
-                if entry.number == wire.MODEL_METADATA:
-                    stream.seek(entry.offset)
-                    content = stream.read(entry.length)
-                    found[wire.text(content, wire.ENTRY_KEY)] = wire.text(content, wire.ENTRY_VALUE)
-    except (OSError, ValueError, BundleError) as error:
-        raise StateError(
-            f"the model {path} cannot be read ({error}); 'edgetune rollback' takes the one before"
-        ) from None
-    return found
-
-
-def read_places(path: Path) -> dict[str, Place]:
-    """Return where the weights of a file lie that :func:`write_model` put in, by name.
-
-    Raises:
-        StateError: it is missing or damaged.
-    """
-    found = {}
-    try:
-        with path.open("rb") as stream:
-            for field in wire.fields_in(stream, 0, path.stat().st_size):
-                if field.number == wire.MODEL_GRAPH:
-                    for inner in wire.fields_in(stream, field.offset, field.offset + field.length):
-                        if inner.number == wire.GRAPH_INITIALIZER:
-                            name, place = _tensor_in(stream, path, inner)
-                            found[name] = place
-    except (OSError, ValueError, KeyError) as error:
-        raise StateError(
-            f"the model {path} cannot be read ({error}); 'edgetune rollback' takes the one before"
-        ) from None
-    return found
+            size = path.stat().st_size
+            for field in wire.fields_in(stream, 0, size):
+                if field.number == wire.MODEL_METADATA:
+                    stream.seek(field.offset)
+                    entry = stream.read(field.length)
+                    metadata[wire.text(entry, wire.ENTRY_KEY)] = wire.text(entry, wire.ENTRY_VALUE)
+                elif field.number == wire.MODEL_GRAPH and (graphs := graphs + 1) == 2:
+                    inside = wire.fields_in(stream, field.offset, field.offset + field.length)
+                    weights = dict(_tensor_in(stream, path, tensor) for tensor in inside)
+                if graphs < 2:
+                    end = field.offset + field.length
+        if graphs != 2:
+            raise ValueError(f"it holds {graphs} graphs, not a graph and its weights")
+    except (OSError, ValueError, KeyError, BundleError) as error:
+        raise StateError(f"the model {path} cannot be read ({error}); restore it, or roll back") from None
+    return ModelFile(Place(path, "uint8", (end,), 0, end), weights, metadata)
 
 
 def _tensor_in(stream: BinaryIO, path: Path, tensor: wire.FieldPlace) -> tuple[str, Place]:
@@ -168,3 +171,26 @@ def _tensor_in(stream: BinaryIO, path: Path, tensor: wire.FieldPlace) -> tuple[s
         elif part.number == wire.TENSOR_RAW:
             offset, length = part.offset, part.length
     return name, Place(path, _NUMPY[kind], tuple(shape), offset, length)
+
+
+def classes_of(model: ModelFile) -> tuple[str, ...]:
+    """Return the names of the classes that a file says it tells apart.
+
+    Raises:
+        StateError: it says nothing, or something else than a list of names.
+    """
+    try:
+        names = json.loads(model.metadata["classes"])
+    except (KeyError, ValueError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise StateError(f"{model.skeleton.path} does not say which classes it tells apart; restore it from a copy")
+    return tuple(names)
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy a file onto the disk, piece by piece."""
+    with source.open("rb") as reading, target.open("wb") as writing:
+        shutil.copyfileobj(reading, writing, 1 << 20)
+        writing.flush()
+        os.fsync(writing.fileno())
