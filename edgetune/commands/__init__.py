@@ -11,15 +11,18 @@ from edgetune.commands.config import config
 from edgetune.commands.demo import demo
 from edgetune.commands.doctor import doctor
 from edgetune.commands.export import export
+from edgetune.commands.history import history
 from edgetune.commands.inspect import inspect
 from edgetune.commands.plan import plan
+from edgetune.commands.promote import promote
 from edgetune.commands.report import report
+from edgetune.commands.rollback import rollback
 from edgetune.commands.run import run
 from edgetune.commands.status import status
 from edgetune.errors import EdgeTuneError
 from edgetune.version import __version__
 
-COMMANDS = (export, inspect, plan, config, run, budget, status, report, doctor, demo)
+COMMANDS = (export, inspect, plan, config, run, budget, status, report, promote, rollback, history, doctor, demo)
 
 app = typer.Typer(
     name="edgetune",
