@@ -26,11 +26,8 @@ def begin(work: Work, stopping: Callable[[], bool]) -> None:
     """Calibrate on the next batches, plan, measure the untrained model, and keep that: as step 0, or as the step at
     which the bundle was replaced.
 
-    Waits for a batch first; nothing is done if ``stopping()`` before there is one.
+    Needs a batch; nothing is done if ``stopping()``.
     """
-    while not work.supply.ready() and not stopping():
-        work.journal.enter(State.WAITING, "for samples")
-        work.supply.wait()
     if stopping():
         return
     work.journal.enter(State.CALIBRATING, "on the first batches")

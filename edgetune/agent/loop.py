@@ -141,6 +141,8 @@ class Agent:
         if parts is None:
             parts = real_parts(metrics=config.service.metrics_port is not None)
         self.journal.event("engine", parts.engine(config.engine))
+        self.service.tell_blindness()
+        self._give_way(None)
         work = self.work = Work(
             self.bundle, config, parts,
             journal=self.journal, ledger=self.ledger, feeder=self.feeder, keeper=self.keeper, supply=supply,
@@ -175,6 +177,8 @@ class Agent:
             # A state that was stopped before its first batch has never been calibrated.
             if found is None or self.keeper.foreign or (found.step == 0 and self.keeper.calibration is None):
                 work.step = 0 if found is None else found.step
+                self._wait_for_a_batch()
+                self._give_way(None)
                 begin(work, self.stopping)
             else:
                 resume(work, found.tensors, found.position)
@@ -190,6 +194,40 @@ class Agent:
         work.enforcer.exhausted("the beginning ran out of memory")
         return False
 
+    def _wait_for_a_batch(self) -> None:
+        while not self.supply.ready() and not self.stopping():
+            self.journal.enter(State.WAITING, "for samples")
+            self.supply.wait()
+
+    def _give_way(self, work: Work | None) -> None:
+        """Wait while something has precedence, with everything stored and given back that can be.
+
+        Args:
+            work: what is loaded by now, and has been begun; None: nothing.
+        """
+        reason = self.service.verdict().pause
+        if not reason or self.stopping():
+            return
+        since, look_at = time.monotonic(), time.monotonic() + self.config.rescan_seconds
+        before = self.journal.standing
+        self.journal.event("yielded", f"paused: {reason}", reason=reason, **self.service.figures())
+        self.journal.enter(State.PAUSED, reason)
+        if work is not None:
+            work.save_before_a_wait()
+            work.unload()
+        while (reason := self.service.verdict().pause) and not self.stopping():
+            self.journal.enter(State.PAUSED, reason)
+            time.sleep(self.config.pause_seconds)
+            if not self.config.once and time.monotonic() >= look_at:  # samples go on arriving
+                self.supply.look()
+                look_at = time.monotonic() + self.config.rescan_seconds
+        seconds = round(time.monotonic() - since, 3)
+        self.journal.event("yield_ended", f"goes on after {seconds:g} s", seconds={"yielded": seconds})
+        if before is not None:
+            self.journal.enter(before.state, before.reason)
+        if work is not None and not self.stopping():
+            work.reload()
+
     def _train(self) -> str:
         config, work = self.config, self.work
         while self.stop_reason is None:
@@ -204,18 +242,28 @@ class Agent:
                     work.save()
                     self._retry_save_at = time.monotonic() + RETRY_SAVE_SECONDS
                 self.supply.wait()
-            elif work.go_on(self.stopping):
-                self._enter_training()
+                continue
+            self._give_way(work)
+            if work.go_on(self.stopping):
+                slow, began = self.service.verdict().slow, time.monotonic()
+                self._enter_training(slow)
                 if train_step(work) and work.step % config.checkpoint_every == 0:
                     work.save()
                     self.service.counted(self.ledger.counts)
                     if not config.once:
                         self.supply.look()
+                if slow:
+                    self._rest(2 * time.monotonic() - began)
         return self.stop_reason
 
-    def _enter_training(self) -> None:
+    def _rest(self, until: float) -> None:
+        """Let the board cool down."""
+        while (left := until - time.monotonic()) > 0 and not self.stopping():
+            time.sleep(min(left, self.config.pause_seconds))
+
+    def _enter_training(self, slow: str) -> None:
         """Say whether training goes as asked, and if not, why."""
-        reasons = []
+        reasons = [f"resting after every step: {slow}"] if slow else []
         if self.work.enforcer.condition is Condition.DEGRADED:
             reasons.append("less memory than was asked for")
         if self.journal.storage_failed:
@@ -227,6 +275,7 @@ class Agent:
         self.service.notifier.stopping()
         began = work.step > 0 or self.keeper.saved_step is not None or self.journal.storage_failed
         if began and (work.step != self.keeper.saved_step or self.ledger.dirty or self.journal.storage_failed):
+            work.reload()
             # Who asks for a stop does not wait for an evaluation; a service manager may kill what takes long.
             work.save(evaluate=work.step != self.keeper.saved_step and self.stop_reason is None)
         self._stopped(reason)

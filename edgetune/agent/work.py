@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from edgetune.agent.allowance import AllowanceReader
-from edgetune.agent.budget import Budgeter, PlanRequest, same_shape, summary
+from edgetune.agent.budget import Budgeter, PlanRequest, release_memory, same_shape, summary
 from edgetune.agent.cache import FeatureCache
 from edgetune.agent.ceiling import ceiling
 from edgetune.agent.config import AgentConfig
@@ -31,6 +31,7 @@ from edgetune.agent.view import Snapshot
 from edgetune.bundle import Array, Bundle
 from edgetune.engines.calibration import Measures
 from edgetune.engines.exhaustion import telling_exhaustion
+from edgetune.errors import StateError
 from edgetune.planning.plan import Plan
 from edgetune.planning.selection import described
 from edgetune.units import format_bytes
@@ -77,7 +78,7 @@ class Work:
         runtime_bytes = parts.runtime_bytes(bundle, config.engine)
         self.budgeter = Budgeter(bundle.manifest, request, runtime_bytes, parts.reserve_bytes(config.engine))
         self.enforcer = Enforcer(
-            self.budgeter, reader, journal, use=self.use, save=self._save_before_a_wait, refusing=config.once,
+            self.budgeter, reader, journal, use=self.use, save=self.save_before_a_wait, refusing=config.once,
             deaths=read_deaths(keeper.path), step=lambda: self.step,
         )  # fmt: skip
         feeder.cache = FeatureCache(bundle.manifest.features, self.budgeter.plan.cache_bytes)
@@ -98,6 +99,32 @@ class Work:
         )
         self.session.phase_ended = self._phase_ended
         self.in_session, self.loaded = self.budgeter.plan, True
+
+    def unload(self) -> None:
+        """Give back what session and cache hold, which is all in the newest checkpoint, until :meth:`reload`."""
+        if self.feeder.cache is not None:
+            self.feeder.cache.resize(0)
+        if self.loaded and self.session.whole and self.keeper.saved_step == self.step:
+            del self.session
+            self.loaded = False
+        release_memory()
+
+    def reload(self) -> None:
+        """Take up what :meth:`unload` gave back.
+
+        Raises:
+            StateError: the checkpoint is gone.
+        """
+        if not self.loaded:
+            self.make_session()
+            found = self.keeper.newest()
+            if found is None or found.step != self.step:
+                raise StateError(
+                    f"the checkpoint of step {self.step} is gone; it held what a pause gave back; run again"
+                )
+            self.session.load_state(found.tensors)
+        if self.feeder.cache is not None:
+            self.feeder.cache.resize(self.budgeter.plan.cache_bytes)
 
     def use(self, plan: Plan, event: str, reason: str, **fields: Any) -> None:
         """Log a plan that came into force and hand it to the session."""
@@ -237,7 +264,8 @@ class Work:
             self.gate.consider()
         return saved
 
-    def _save_before_a_wait(self) -> None:
+    def save_before_a_wait(self) -> None:
+        """Make what is trained permanent, if it is not: a wait may be long."""
         if self.loaded and self.session.whole and self.step != self.keeper.saved_step:
             self.save(evaluate=False)
 

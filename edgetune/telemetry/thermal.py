@@ -60,6 +60,16 @@ def read_zones(root: Path = ROOT) -> tuple[Zone, ...]:
     return tuple(zones)
 
 
+def hottest_celsius(root: Path = ROOT) -> float | None:
+    """Return the temperature of the hottest zone; None: no zone can be read. Cheaper than :func:`read_zones`."""
+    found = []
+    for folder in folders(root / "sys" / "class" / "thermal", "thermal_zone*"):
+        name, celsius = text(folder / "type"), _celsius(integer(folder / "temp"))
+        if celsius is not None and name is not None and not name.startswith("PMIC"):
+            found.append(celsius)
+    return max(found, default=None)
+
+
 def read_throttling(root: Path = ROOT) -> Throttling:
     """Return what is slowed down now, and how often the power supply was not enough."""
     cooling = {}

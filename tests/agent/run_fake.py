@@ -1,6 +1,6 @@
 """Runs the agent with the fake session in a process of its own, so that a test can kill it.
 
-Usage: run_fake.py JSON, with the keys bundle, config (of AgentConfig), and one or none of
+Usage: run_fake.py JSON, with the keys bundle, config (settings of a run), and one or none of
     kill_at_sync: die by SIGKILL instead of making the n-th fsync or rename of the process (1-based)
     step_seconds: make every step take this long
     file_limit: [step, bytes]: from this step on no file may grow beyond this size

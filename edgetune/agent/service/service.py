@@ -1,4 +1,5 @@
-"""Speaks for one agent: signs of life and a line of status for the service manager, numbers for monitors.
+"""Speaks for one agent: signs of life and a line of status for the service manager, numbers for monitors. Listens for
+it too: what board and system say, and whether training has to yield.
 
 Hears of everything through the journal. Knows what to tell to whom; nothing of training.
 """
@@ -16,7 +17,9 @@ from edgetune.agent.service.config import ServiceConfig
 from edgetune.agent.service.exporter import Exporter
 from edgetune.agent.service.notify import Notifier
 from edgetune.agent.service.numbers import Numbers
+from edgetune.agent.service.readings import Reader
 from edgetune.agent.service.states import Standing, State
+from edgetune.agent.service.yielding import Verdict, Yielding, blind
 from edgetune.units import format_bytes
 
 LOOK_SECONDS = 0.5
@@ -32,7 +35,7 @@ class Service:
 
     Args:
         journal: where it listens from now on. sign: the file whose time is the sign of life.
-        info: what runs, for monitors. notifier: in tests, another than the environment's.
+        info: what runs, for monitors. notifier, reader: in tests, others than those of this environment and machine.
 
     Raises:
         UsageError: an endpoint is wanted, and its library is not installed.
@@ -46,9 +49,12 @@ class Service:
         info: dict[str, str],
         *,
         notifier: Notifier | None = None,
+        reader: Reader | None = None,
     ) -> None:
         self.config, self.journal, self.sign, self.info = config, journal, sign, info
         self.notifier = Notifier() if notifier is None else notifier
+        self.reader = Reader(config) if reader is None else reader
+        self.yielding = Yielding(config)
         self.numbers = Numbers()
         self.exporter: Exporter | None = None
         self._standing = Standing(State.CALIBRATING)
@@ -60,8 +66,15 @@ class Service:
 
     # ---- what the journal tells ---------------------------------------------------------------------------------
     def beside(self, fields: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Return what is logged beside an event."""
-        return {}
+        """Return what is logged beside every peak: heat, and what the board takes; with what that comes to in the
+        seconds that the event names (energy of the whole board, from one reading of its power)."""
+        if "measured_peak_bytes" not in fields:
+            return {}
+        now = self.reader.read()
+        found = {"celsius": now.celsius, "watts": None if now.watts is None else round(now.watts, 3)}
+        if now.watts is not None and isinstance(seconds := fields.get("seconds"), Mapping):
+            found["joules"] = round(now.watts * sum(seconds.values()), 6)
+        return {name: value for name, value in found.items() if value is not None}
 
     def heard(self, record: Mapping[str, Any]) -> None:
         """Take a record of the run log."""
@@ -80,6 +93,23 @@ class Service:
             self._figures["heldout"] = f"held-out accuracy {record['accuracy']:.1%}"
         self.notifier.status(self.line(), now=record["event"] in ("state", "stopped"))
         self.alive()
+
+    def verdict(self) -> Verdict:
+        """Return whether training has to yield now, or to go slowly, and to what."""
+        return self.yielding.look(self.reader.read(), time.monotonic())
+
+    def figures(self) -> dict[str, Any]:
+        """Return what a pause is judged by, for the log."""
+        now = self.reader.read()
+        return {
+            "celsius": now.celsius, "watts": now.watts, "power_mode": None if now.mode is None else list(now.mode),
+            "battery_percent": None if now.battery is None else now.battery.percent, "process": now.process,
+        }  # fmt: skip
+
+    def tell_blindness(self) -> None:
+        """Say which settings have no effect on this machine."""
+        for text in blind(self.config, self.reader.read()):
+            self.journal.event("without_effect", text, reason=text)
 
     def line(self) -> str:
         """Return how the agent stands, in one line."""
