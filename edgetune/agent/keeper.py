@@ -44,6 +44,11 @@ class Keeper:
         self._calibration_name: str | None = None  # of its file; None: it is not on the disk yet
 
     @property
+    def oldest_step(self) -> int:
+        """The step of the oldest checkpoint that is kept; -1: there is none."""
+        return self._oldest_step
+
+    @property
     def calibration(self) -> Calibration | None:
         """The calibration in force."""
         return self._calibration

@@ -118,6 +118,11 @@ class Ledger:
             raise StateError(f"the ledger {self.path} has no sample {sample}: it was changed by another program")
         return row
 
+    def last_id(self) -> int:
+        """Return the number of the row that was made last (0: there is none)."""
+        found = self._db.execute("SELECT MAX(id) FROM samples").fetchone()[0]
+        return 0 if found is None else int(found)
+
     def trainable(self) -> Iterator[tuple[int, str, int]]:
         """Yield (id, sha256, passes) of every sample that may be trained, marks in memory included."""
         extra: dict[int, int] = {}
