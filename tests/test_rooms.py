@@ -56,8 +56,8 @@ TABLE = {
     "agent": Room(
         _words("bundle planning engines telemetry codecs errors units version"),
         _words("numpy PIL watchfiles rich safetensors tomli"),
-        # An endpoint for monitors is optional, and takes memory.
-        lazy_libraries=_words("prometheus_client"),
+        # An endpoint for monitors and a camera are optional, and take memory.
+        lazy_libraries=_words("prometheus_client cv2"),
     ),
     "commands": Room(
         _ALL - _words("export autodiff"),

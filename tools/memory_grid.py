@@ -132,7 +132,7 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
     class Pictures(Feeder):
         """A feeder that reads sample number i from the array in the file, and nothing but that."""
 
-        def load(self, sample: Any) -> Any:
+        def load(self, sample: Any, *, to_train: bool = False) -> Any:
             return np.fromfile(folder / "x.npy", np.float32, size, offset=offset + 4 * size * sample.place).reshape(
                 shape
             )

@@ -15,6 +15,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from edgetune.agent.augment import Augmentation
 from edgetune.agent.cache import FeatureCache
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Sample
@@ -54,9 +55,14 @@ class Feeder:
     """Reads samples and turns them into features."""
 
     def __init__(
-        self, source: Source, decoder: Decoder, cache: FeatureCache | None = None, replay: Replay | None = None
+        self,
+        source: Source,
+        decoder: Decoder,
+        cache: FeatureCache | None = None,
+        replay: Replay | None = None,
+        augment: Augmentation | None = None,
     ) -> None:
-        self.source, self.decoder, self.cache, self.replay = source, decoder, cache, replay
+        self.source, self.decoder, self.cache, self.replay, self.augment = source, decoder, cache, replay, augment
         self.decode_peak_bytes, self.decode_peak_path = 0, ""
         self._meter: Meter | None = None
         self._other_peak_bytes = self._phase_peak_bytes = 0
@@ -89,13 +95,16 @@ class Feeder:
         self._phase_peak_bytes = max(self._phase_peak_bytes, peak_bytes)
         self._meter.reset()
 
-    def load(self, sample: Sample) -> Array:
-        """Return one decoded sample.
+    def load(self, sample: Sample, *, to_train: bool = False) -> Array:
+        """Return one decoded sample; if it is ``to_train``, changed at random as the settings say.
 
         Raises:
             DataError: the file is gone, damaged, or not the one that was recorded.
         """
-        return self.decoder.decode(self.read(sample))
+        data = self.read(sample)
+        if not to_train or self.augment is None or not self.augment.kinds:
+            return self.decoder.decode(data)
+        return self.decoder.decode(data, self.augment.of(sample.passes, sample.sha256))
 
     def read(self, sample: Sample) -> bytes:
         """Return a sample's content as it was recorded: of a replayed one, and of one that its source cannot give any
@@ -136,7 +145,9 @@ class Feeder:
         while len(fed.samples) < count:
             found: list[Sample] = []  # in the order in which they were taken, which is that of their rows
             rows: list[int] = []
-            waiting = self._fill(images, self._not_cached(take, count, fed, found), fed, found, rows, count)
+            waiting = self._fill(
+                images, self._not_cached(take, count, fed, found), fed, found, rows, count, to_train=True
+            )
             if not found:
                 break
             started = time.perf_counter()
@@ -234,7 +245,7 @@ class Feeder:
         images = np.empty((micro_batch, *self.decoder.shape), np.float32)
         while True:
             fed = Fed()
-            fed.samples = self._fill(images, lambda: next(rows, None), fed, [], [])
+            fed.samples = self._fill(images, lambda: next(rows, None), fed, [], [], to_train=False)
             fed.features = (images[: len(fed.samples)],)
             fed.labels = np.array([sample.label for sample in fed.samples], np.int64)
             yield fed
@@ -249,6 +260,8 @@ class Feeder:
         found: list[Sample],
         rows: list[int],
         count: int = 0,
+        *,
+        to_train: bool,
     ) -> list[Sample]:
         """Decode samples into ``images`` until it is full or there are no more; return the rows that are in it.
 
@@ -260,7 +273,7 @@ class Feeder:
             self._note()
         while len(waiting) < len(images) and (sample := take()) is not None:
             try:
-                images[len(waiting)] = self.load(sample)
+                images[len(waiting)] = self.load(sample, to_train=to_train)
                 rows.append(len(fed.samples) + len(found))
                 waiting.append(sample)
                 found.append(sample)

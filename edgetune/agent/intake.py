@@ -25,6 +25,10 @@ def _known() -> None:
     """Stand for the write of what needs none."""
 
 
+def _finished() -> None:
+    """The same, for what was trained or quarantined before."""
+
+
 @dataclass
 class Taken:
     """What one look at the folder brought: new rows of the ledger, and how many files are not settled yet."""
@@ -68,8 +72,8 @@ class Intake:
                 self._unsettled = {**before, **self._unsettled}
                 break
             step = self._examine(found, before.get(found.path))
-            if step is _known:
-                self.source.recorded([found.path])
+            if step in (_known, _finished):
+                self.source.recorded([found.path], finished=step is _finished)
             elif step is not None:
                 ready.append((found.path, step))
             if len(ready) >= _ROWS_PER_COMMIT:
@@ -94,21 +98,23 @@ class Intake:
         with self.ledger.transaction():
             for _, record in ready:
                 rows.append(record())
-        self.source.recorded(path for path, _ in ready)
-        ready.clear()
-        for row in rows:
+        for (path, _), row in zip(ready, rows, strict=True):
+            self.source.recorded([path], finished=row is not None and row.status == "quarantined")
             if row is not None:
                 (taken.quarantined if row.status == "quarantined" else taken.accepted).append(row)
+        ready.clear()
 
     def _examine(self, found: Found, before: _Unsettled | None) -> Callable[[], Sample | None] | None:
-        """Return the write that records ``found``; ``_known`` where there is nothing to record, None: not yet."""
+        """Return the write that records ``found``; ``_known`` or ``_finished`` where there is
+        nothing to record, None: not yet."""
         path, known = found.path, self.ledger.by_path(found.path)
+        nothing = _known if known is None or known.status in ("new", "heldout") else _finished
         if found.problem is not None:
             if known is not None and (known.status != "quarantined" or known.reason == found.problem):
-                return _known
+                return nothing
             return self._refused(found, self._stat_or_nothing(path), found.problem, before, lasting=not found.mending)
         assert found.label is not None
-        label = found.label
+        label, task = found.label, found.task
         stat = (-1, -1)
         try:
             stat = self.source.stat(path)
@@ -117,7 +123,7 @@ class Intake:
                 # folder may have been unmounted); a damaged one stays damaged.
                 absent = (known.reason or "").startswith(("missing", "cannot be read"))
                 if known.status != "quarantined" or (known.label == label and not absent):
-                    return _known
+                    return nothing
             data = self.source.read(path)
             sha256 = hashlib.sha256(data).hexdigest()
             if known is not None and known.sha256 == sha256 and known.status != "quarantined":
@@ -127,16 +133,16 @@ class Intake:
         except DataError as error:
             reason = str(error)
             if known is not None and known.status == "quarantined" and known.reason == reason and stat == (-1, -1):
-                return _known
+                return nothing
             lasting = found.final or reason.startswith("refused")
             return self._refused(found, stat, reason, before, lasting=lasting)
-        return lambda: self._record(path, sha256, stat, label)
+        return lambda: self._record(path, sha256, stat, label, task)
 
-    def _record(self, path: str, sha256: str, stat: tuple[int, int], label: int) -> Sample | None:
+    def _record(self, path: str, sha256: str, stat: tuple[int, int], label: int, task: str | None) -> Sample | None:
         # Looked up here, inside the transaction, because the original may have been recorded a moment ago.
         original = self.ledger.by_content(sha256)
         if original is None:
-            return self.ledger.accept(path, sha256, stat, label, holdout=self.holdout)
+            return self.ledger.accept(path, sha256, stat, label, holdout=self.holdout, task=task)
         if original.path == path:  # listed twice, or back at a content that it had before
             self.ledger.touch(original.id, stat)
             return None

@@ -10,6 +10,7 @@ import time
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from edgetune.agent.augment import Augmentation
 from edgetune.agent.beginning import begin, resume
 from edgetune.agent.checkpoint import Checkpoint
 from edgetune.agent.config import AgentConfig
@@ -82,7 +83,8 @@ def run_agent(bundle: Bundle, config: AgentConfig, *, parts: Parts | None = None
         what = {"version": __version__, "model": manifest.model, "bundle": bundle.digest}
         service = Service(config.service, journal, state.path / LOCK, what)
         stack.callback(service.close)
-        agent = Agent(bundle, config, state, ledger, journal, Feeder(source, decoder), service)
+        feeder = Feeder(source, decoder, augment=Augmentation(config.intake.augment, state.seed))
+        agent = Agent(bundle, config, state, ledger, journal, feeder, service)
         try:
             with stopping_on_signals(agent):
                 return agent.run(parts)
@@ -135,8 +137,9 @@ class Agent:
         found = self.keeper.restore()
         supply.look()
         supply.rebuild()
+        supply.kept(self.keeper.oldest_step, self.keeper.saved_step or 0)
         new = found is None or self.keeper.foreign
-        if config.once and new and self.stop_reason is None and not supply.ready():
+        if supply.over and new and self.stop_reason is None and not supply.ready():
             raise supply.no_data()
         if parts is None:
             parts = real_parts(metrics=config.service.metrics_port is not None)
@@ -156,7 +159,8 @@ class Agent:
             while not self._begin(work, found) and work.go_on(self.stopping):
                 pass
             del found
-            ends = [work.step + supply.steps_left()] if config.once else []
+            left = supply.steps_left()
+            ends = [] if left is None else [work.step + left]
             ends += [config.max_steps] if config.max_steps is not None else []
             work.now.steps_total = min(ends, default=None)
             reason = self._train()
@@ -197,6 +201,8 @@ class Agent:
     def _wait_for_a_batch(self) -> None:
         while not self.supply.ready() and not self.stopping():
             self.journal.enter(State.WAITING, "for samples")
+            if self.supply.over:
+                raise self.supply.no_data()
             self.supply.wait()
 
     def _give_way(self, work: Work | None) -> None:
@@ -234,11 +240,12 @@ class Agent:
             if config.max_steps is not None and work.step >= config.max_steps:
                 return f"reached step {config.max_steps}"
             if not self.supply.ready():
-                if config.once:
+                if self.supply.over:
                     return "every sample is trained"
                 self.journal.enter(State.WAITING, "for samples")
                 # Waiting may take days: what is trained must not depend on the power staying on.
-                if work.step != self.keeper.saved_step and time.monotonic() >= self._retry_save_at:
+                stuck = self.supply.stalled and not self.journal.storage_failed
+                if work.step != self.keeper.saved_step and (stuck or time.monotonic() >= self._retry_save_at):
                     work.save()
                     self._retry_save_at = time.monotonic() + RETRY_SAVE_SECONDS
                 self.supply.wait()

@@ -6,12 +6,14 @@ Knows sources and decoding; remembers nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from edgetune.agent.images import Decoder
-from edgetune.agent.sources import open_source
+from edgetune.agent.sources import Found, IntakeConfig, Source, open_source
 from edgetune.bundle import Array, Manifest
 from edgetune.errors import DataError
 
@@ -23,8 +25,31 @@ def labelled_batches(manifest: Manifest, data: str | Path, batch: int, count: in
         DataError: it holds no readable sample.
     """
     decoder = Decoder(manifest)
-    source = open_source(data, manifest.classes, decoder.suffixes)
-    found = [entry for entry in source.scan() if entry.label is not None and entry.problem is None]
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="edgetune-")))
+        source = open_source(data, manifest.classes, decoder.suffixes, IntakeConfig(), scratch)
+        stack.callback(source.close)
+        yield from _spread(decoder, source, batch, count)
+
+
+def entries(source: Source, count: int) -> list[Found]:
+    """Return what can be used of a source: all there is, or of a stream at least ``count`` entries.
+
+    Raises:
+        DataError: the source failed. StorageError: there is no room for a stream's samples.
+    """
+    found, waiter = dict[str, Found](), source.waiter(1.0)
+    while True:
+        found.update((entry.path, entry) for entry in source.scan() if entry.problem is None)
+        source.check()
+        if source.growing or source.ended() or source.stalled() or len(found) >= count:
+            return list(found.values())
+        source.recorded(found)
+        waiter.wait(1.0, lambda: False)
+
+
+def _spread(decoder: Decoder, source: Source, batch: int, count: int) -> Iterator[tuple[Array, Array]]:
+    found = entries(source, batch * count)
     # Evenly spread, so that a folder sorted by class gives every class.
     order = np.argsort(np.arange(len(found)) * 0.6180339887498949 % 1.0, kind="stable")
     x: list[Array] = []
@@ -46,4 +71,4 @@ def labelled_batches(manifest: Manifest, data: str | Path, batch: int, count: in
     if y and not given:
         yield np.stack(x), np.array(y, np.int64)
     elif not given:
-        raise DataError(f"'{data}' holds no readable sample of the classes {', '.join(manifest.classes[:20])}")
+        raise DataError(f"'{source.spec}' holds no readable sample of the classes {', '.join(source.classes[:20])}")

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from edgetune.agent.budget import release_memory
 from edgetune.agent.feeder import Feeder
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Sample
-from edgetune.agent.sources import Source, open_source
+from edgetune.agent.samples import entries
+from edgetune.agent.sources import Found, IntakeConfig, Source, open_source
 from edgetune.agent.timeline import PhasePeaks
 from edgetune.bundle import Bundle
 from edgetune.engines.session import TrainingSession
@@ -112,12 +113,13 @@ def sample_step(bundle: Bundle, plan: Plan, data: str | Path, engine: str = "aut
     return SampledStep(tuple(found["seconds"]), tuple(found["resident_bytes"]), found["ends"], found["peak_bytes"])
 
 
-def _step(bundle: Bundle, plan: Plan, data: str | Path, engine: str) -> SampledStep:
+def _step(bundle: Bundle, plan: Plan, data: str | Path, engine: str, scratch: Path) -> SampledStep:
     """Do what :func:`sample_step` says, here."""
     manifest = bundle.manifest
     load_agent(manifest)
     decoder = Decoder(manifest)
-    feeder = Feeder(open_source(data, manifest.classes, decoder.suffixes), decoder)
+    source = open_source(data, manifest.classes, decoder.suffixes, IntakeConfig(), scratch)
+    feeder, found = Feeder(source, decoder), entries(source, plan.batch)
     session = TrainingSession(bundle, plan, engine=engine)
     meter, ends = PeakMeter(), dict[str, float]()
     peaks = PhasePeaks(meter)
@@ -128,7 +130,7 @@ def _step(bundle: Bundle, plan: Plan, data: str | Path, engine: str) -> SampledS
 
     session.phase_ended = ended
     for last in (False, True):
-        rows = _rows(feeder.source)
+        rows = _rows(source, found)
         release_memory()
         peaks.begin()
         with Sampler() as sampler:
@@ -149,11 +151,9 @@ def _step(bundle: Bundle, plan: Plan, data: str | Path, engine: str) -> SampledS
     )
 
 
-def _rows(source: Source) -> Iterator[Sample]:
+def _rows(source: Source, found: Iterable[Found]) -> Iterator[Sample]:
     """Yield the samples of ``source`` as a ledger would hold them."""
-    for entry in source.scan():
-        if entry.label is None or entry.problem is not None:
-            continue
+    for entry in found:
         try:
             digest = hashlib.sha256(source.read(entry.path)).hexdigest()
         except DataError:
@@ -166,5 +166,6 @@ if __name__ == "__main__":
     asked = Plan.from_json(Path(plan_path).read_text("utf-8"))
     if known_path:
         asked = dataclasses.replace(asked, calibration=Calibration.load(known_path))
-    step = _step(Bundle.open(bundle_path, verify=False), asked, data_path, which)
+    with tempfile.TemporaryDirectory(prefix="edgetune-") as room:
+        step = _step(Bundle.open(bundle_path, verify=False), asked, data_path, which, Path(room))
     sys.stdout.write(json.dumps(dataclasses.asdict(step)) + "\n")

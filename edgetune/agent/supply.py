@@ -1,4 +1,4 @@
-"""Which samples come next: the pool of samples with passes to make, filled from the folder through the intake.
+"""Which samples come next: the pool of samples with passes to make, filled from the source through the intake.
 
 Knows the ledger, the intake and the journal; nothing of training.
 """
@@ -7,13 +7,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from itertools import islice
 
 from edgetune.agent.config import AgentConfig
 from edgetune.agent.intake import Intake, Taken
 from edgetune.agent.journal import Journal
 from edgetune.agent.ledger import Ledger, Sample
-from edgetune.agent.order import Pool
+from edgetune.agent.order import HELDOUT, Pool, key
+from edgetune.agent.refresher import LEAST_SAMPLES
 from edgetune.agent.replay.buffer import NONE, Replay
 from edgetune.agent.sources import Source
 from edgetune.errors import DataError, StorageError
@@ -53,16 +55,24 @@ class Supply:
         self.config, self.intake, self.ledger, self.journal, self.replay = config, intake, ledger, journal, replay
         self.batch, self.seed, self.stopping = batch, seed, stopping
         # Before the first look, so that nothing that arrives in between goes unseen.
-        self._waiter = None if config.once else intake.source.waiter(config.rescan_seconds)
+        source = intake.source
+        self._waiter = None if config.once and source.growing else source.waiter(config.rescan_seconds)
         self._look_failed = False
         self._considered = 0
         self._unsettled = 0
         self._told_waiting = False
         self.quarantined = ledger.counts()["quarantined"]
-        self.pool = Pool(seed, config.epochs)
+        self._told_full = self._gave_in = False
+        # Calibrations look ahead. With a window they must always see as much, or what they find depends on arrivals.
+        ahead = max(config.calibration_batches, -(-LEAST_SAMPLES // batch))
+        self._ahead = None if config.intake.window is None else batch * ahead
+        self._newest_step = 0
+        self.pool = self._empty_pool()
 
-    def steps_left(self) -> int:
-        """Return how many steps remain with ``once``: each pass is cut into batches of its own."""
+    def steps_left(self) -> int | None:
+        """Return how many steps remain with ``once``: each pass is cut into batches of its own. None: nobody knows."""
+        if not self.over:
+            return None
         made = Counter(passes for _, _, passes in self.ledger.trainable())
         steps, kept = 0, len(self.replay)
         for epoch in range(self.config.epochs):
@@ -78,16 +88,35 @@ class Supply:
         return self.batch - self.replay.share
 
     @property
+    def _wanted(self) -> int:
+        """How many new samples must be there for a batch."""
+        return self.needed if self._ahead is None else self._ahead
+
+    @property
     def epoch(self) -> int:
         """The pass (0-based) of the next sample."""
         return self.pool.epoch
 
+    @property
+    def over(self) -> bool:
+        """Whether nothing new will be taken in any more."""
+        source = self.intake.source
+        return (self.config.once or not source.growing) and source.ended()
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the source gives nothing more before something is trained, and stored."""
+        return self.intake.source.stalled()
+
     def ready(self) -> bool:
-        """Return whether there is a batch: a full one, or with ``once`` whatever is left."""
-        if not self.config.once:
-            return len(self.pool) >= self.needed
+        """Return whether there is a batch: a full one, or whatever is left when nothing more comes."""
+        if len(self.pool) >= self._wanted or (self._gave_in and len(self.pool)):
+            return True
+        if not self.over:
+            return False
         if not len(self.pool) and self._look_failed:
             self.look()
+        self.pool.end()
         return len(self.pool) > 0
 
     def taker(self, passes: dict[int, int], bad: Sequence[object] = ()) -> Callable[[], Sample | None]:
@@ -111,7 +140,7 @@ class Supply:
             good = len(passes) - len(bad)
             if good < needed and (entry := self.pool.take(epoch)) is not None:
                 passes[entry[0]] = entry[1]
-                return self.ledger.get(entry[0])
+                return self._row(entry)
             if good == 0 or handed - self.replay.lost >= share:
                 return None
             replayed = self.replay.draw(passes) if replayed is None else replayed
@@ -122,19 +151,74 @@ class Supply:
 
     def preview(self, count: int) -> list[Sample]:
         """Return the next ``count`` samples without handing them out; where there are fewer, replayed ones besides."""
-        rows = [self.ledger.get(sample) for sample in self.pool.peek(count)]
+        rows = [self._row(entry) for entry in self.pool.peek(count)]
         if len(rows) < count and self.replay.share:
             rows += islice(self.replay.draw({row.id for row in rows}), count - len(rows))
         return rows
+
+    def _row(self, entry: tuple[int, int]) -> Sample:
+        """Return the row of a sample with the number of its passes so far, of which the disk does not know yet."""
+        return replace(self.ledger.get(entry[0]), passes=entry[1])
 
     def trained(self, samples: Iterable[Sample], passes: dict[int, int], step: int) -> None:
         """Note that ``step`` trained ``samples`` and put those of the pool back for their next pass."""
         rows = list(samples)
         mine = [row for row in rows if not row.replayed]
         self.ledger.mark_trained((row.id for row in mine), step)
+        self._gave_in = False
         for row in mine:
             self.pool.add(row.id, row.sha256, passes[row.id] + 1)
         self.replay.commit(step, (row for row in mine if not passes[row.id]), (row for row in rows if row.replayed))
+        self._tell_the_source()
+
+    def kept(self, oldest_step: int, newest_step: int) -> None:
+        """Let the source give up its copies of what is trained for good: every checkpoint that is kept has it, and they
+        are of ``oldest_step`` and ``newest_step``."""
+        self._newest_step = newest_step
+        self._let_go(oldest_step)
+
+    def _let_go(self, through_step: int) -> int:
+        """Release what was trained for good up to ``through_step``, and what is quarantined; return how many."""
+        source, done, heldout = self.intake.source, list[str](), list[Sample]()
+        held = source.held()
+        for path in held:
+            row = self.ledger.by_path(path)
+            if row is None or row.status == "quarantined":
+                done.append(path)
+            elif row.status == "heldout":
+                heldout.append(row)
+            elif row.passes >= self.config.epochs and row.step is not None and row.step <= through_step:
+                done.append(path)
+        left_bytes, surplus = self.config.intake.spool_bytes // 2, list[Sample]()
+        for row in sorted(heldout, key=lambda row: key(self.seed, HELDOUT, row.sha256)):
+            left_bytes -= held[row.path]
+            if left_bytes < 0:
+                surplus.append(row)
+        self.quarantine((row, "held out, but half of intake.spool_bytes is full of such samples") for row in surplus)
+        done += [row.path for row in surplus]
+        source.release(done)
+        return len(done)
+
+    def _make_room(self) -> None:
+        """End a standstill: there is no batch, and the source gives nothing more before something is trained."""
+        # Both checkpoints ought to hold what is given up. Here it is that, or nothing goes on.
+        if self._let_go(self._newest_step):
+            return
+        self.pool.give_in()
+        self._gave_in = True
+        if not self._told_full:
+            self._told_full = True
+            count = len(self.pool)
+            text = "the source is full, and there is no batch: "
+            text += "a short one is trained" if count else "nothing can be let go of"
+            self.journal.event("source_full", f"{text}; raise intake.spool_bytes or intake.max_pending", samples=count)
+
+    def _tell_the_source(self) -> None:
+        self.intake.source.heed(max(0, len(self.pool) + self.pool.waiting - self._wanted))
+
+    def _empty_pool(self) -> Pool:
+        strict = self.config.once and not self.intake.source.growing
+        return Pool(self.seed, self.config.epochs, self.config.intake.window, strict=strict)
 
     def give_back(self, samples: Iterable[Sample], passes: dict[int, int]) -> None:
         """Put samples that were handed out, but not trained, back in their places."""
@@ -143,14 +227,27 @@ class Supply:
 
     def rebuild(self) -> None:
         """Fill the pool from the ledger: at the start, and after training marks were taken back."""
-        self.pool = Pool(self.seed, self.config.epochs)
+        self.pool = self._empty_pool()
         for sample, content, passes in self.ledger.trainable():
             self.pool.add(sample, content, passes)
+        self.pool.arrived(self.ledger.last_id())
+        self._tell_the_source()
 
     def look(self) -> None:
-        """Take in what is new in the folder; with ``once``, until every file is settled."""
+        """Take in what is new in the source; with ``once``, until every file is settled.
+
+        Raises:
+            DataError: the source failed, and with ``once`` nobody waits for it.
+        """
         try:
             taken = (self.intake.look_until_settled if self.config.once else self.intake.look)(self.stopping)
+            self.intake.source.check()
+        except DataError as error:
+            if self.config.once:
+                raise
+            self.journal.event("source_failed", str(error), reason=str(error))
+            self.rebuild()
+            return
         except StorageError as error:
             self._look_failed = True
             self.journal.storage_error(error)
@@ -161,18 +258,23 @@ class Supply:
         self._forget()
 
     def wait(self) -> None:
-        """Wait for a change in the folder (or a while), then look."""
-        assert self._waiter is not None
+        """Wait for a change in the source (or a while), then look."""
         if not self._told_waiting:
             self._told_waiting = True
-            needed = self.needed - len(self.pool)
-            self.journal.event("waiting", f"waiting for {needed} more samples", samples=needed)
+            needed, waiting = self._wanted - len(self.pool), self.pool.waiting
+            text = f"waiting for {needed} more samples"
+            text += f"; {waiting} wait until their shuffle window of {self.pool.window} is full" if waiting else ""
+            self.journal.event("waiting", text, samples=needed, window=waiting)
         timeout_seconds = self.config.settle_seconds / 2 if self._unsettled else self.config.rescan_seconds
+        if self._waiter is None:
+            return
         self._waiter.wait(timeout_seconds, self.stopping)
         if not self.stopping():
             self.look()
         if self.ready():
             self._told_waiting = False
+        elif self.stalled:
+            self._make_room()
 
     def quarantine(self, samples: Iterable[tuple[Sample, str]], step: int | None = None) -> None:
         """Take samples out of use, each with its reason."""
@@ -216,9 +318,11 @@ class Supply:
 
     def _absorb(self, taken: Taken) -> None:
         self._unsettled = taken.unsettled
+        self.pool.arrived(max((row.id for row in (*taken.accepted, *taken.quarantined)), default=0))
         for row in taken.accepted:
             if row.status == "new":
                 self.pool.add(row.id, row.sha256, row.passes)
+        self._tell_the_source()
         self._report([(row.path, row.reason or "") for row in taken.quarantined])
         if taken.accepted:
             held = sum(1 for row in taken.accepted if row.status == "heldout")

@@ -72,7 +72,7 @@ class Work:
         asked = reader.read().asked
         request = PlanRequest(
             self.batch, asked, config.activation_budget_bytes, config.epsilon, config.allocation, config.codec,
-            config.micro_batch, config.tail_micro_batch, config.trained, config.cache_bytes,
+            config.micro_batch, config.tail_micro_batch, config.trained, self._cache_bytes(),
             config.memory if parts.packs(config.engine) else "lean",
         )  # fmt: skip
         runtime_bytes = parts.runtime_bytes(bundle, config.engine)
@@ -87,6 +87,13 @@ class Work:
         self.loaded = False
         self._runtime_bytes, self._phases_bytes = runtime_bytes, dict[str, int]()
         self._timeline_of: Plan | None = None
+
+    def _cache_bytes(self) -> int | None:
+        """Return what is asked of the feature cache: nothing, where samples look different in every pass."""
+        if not self.config.intake.augment:
+            return self.config.cache_bytes
+        self.journal.event("cache_off", "there is no feature cache: samples are augmented, another way in every pass")
+        return 0
 
     def make_session(self) -> None:
         """Load the bundle with its exported weights, for the plan in force."""
@@ -258,6 +265,8 @@ class Work:
             "the checkpoint", self.parts.meter.peak_bytes(), resettable=self.parts.meter.resettable is not False,
             lowering=False,
         )  # fmt: skip
+        if saved:
+            self.supply.kept(self.keeper.oldest_step, self.step)
         if saved and newer:
             self.bad_batches = 0
         if saved:

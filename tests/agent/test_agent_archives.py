@@ -11,6 +11,7 @@ import tarfile
 import tracemalloc
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import gettempdir
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,9 @@ def never() -> bool:
 
 
 def opened(spec: object, **changed: Any) -> Source:
-    return open_source(str(spec), CLASSES, Decoder(make_manifest()).suffixes, IntakeConfig(**changed))
+    return open_source(
+        str(spec), CLASSES, Decoder(make_manifest()).suffixes, IntakeConfig(**changed), Path(gettempdir())
+    )
 
 
 def looker(source: Source, ledger: Path, *, settle_seconds: float = 0.0) -> Intake:

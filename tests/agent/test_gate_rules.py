@@ -57,7 +57,8 @@ def test_a_long_row_of_samples_is_cut_on_the_way_and_nothing_is_lost() -> None:
     found = choose(iter(rows), 3, 70)
     by_stratum = Counter(rows[i][2] for i in found)
     # 7 rare ones, all of them taken; 63 places are left for the 7 others.
-    assert by_stratum == {"rare": 7, **dict.fromkeys(range(7), 9)}
+    expected: dict[object, int] = {"rare": 7, **dict.fromkeys(range(7), 9)}
+    assert by_stratum == expected
     for stratum in range(7):
         keys = sorted((key(3, -1, content), i) for i, content, other in rows if other == stratum)
         assert {i for _, i in keys[:9]} == {i for i in found if rows[i][2] == stratum}

@@ -95,7 +95,7 @@ class ArchiveSource:
             raise DataError("it names no sample of the archive")
         return self._open(name).archive.read(inside)
 
-    def recorded(self, paths: Iterable[str]) -> None:
+    def recorded(self, paths: Iterable[str], *, finished: bool = False) -> None:
         for path in paths:
             known = self._known.get(self._split(path)[0])
             if known is not None:
@@ -103,6 +103,18 @@ class ArchiveSource:
 
     def ended(self) -> bool:
         return True
+
+    def stalled(self) -> bool:
+        return False
+
+    def held(self) -> dict[str, int]:
+        return {}
+
+    def release(self, paths: Iterable[str]) -> None:
+        """Do nothing: there are no copies."""
+
+    def check(self) -> None:
+        """Do nothing: all that goes wrong is told at once."""
 
     def heed(self, waiting: int) -> None:
         """Do nothing: what is in an archive takes no room elsewhere."""

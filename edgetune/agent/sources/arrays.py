@@ -13,7 +13,6 @@ import os
 import struct
 import tempfile
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,8 +70,8 @@ class NpzArchive:
             self._mtime_ns = os.fstat(stream.fileno()).st_mtime_ns
             try:
                 archive = zipfile.ZipFile(stream)
-            except (zipfile.BadZipFile, OSError, ValueError) as error:
-                raise DataError(f"not a readable .npz archive ({error})") from None
+            except Exception as error:  # zipfile raises nearly anything on a damaged directory
+                raise DataError(f"not a readable .npz archive ({type(error).__name__}: {error})") from None
             members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
             pair = next((pair for pair in PAIRS if pair[0] in members and pair[1] in members), None)
             if pair is None:
@@ -141,12 +140,12 @@ class NpzArchive:
                 while piece := packed.read(_PIECE_BYTES):
                     self._unpacked.write(piece)
             self._unpacked.flush()
-        except (zipfile.BadZipFile, EOFError, ValueError, zlib.error) as error:
-            self.close()
-            raise DataError(f"not a readable .npz archive ({error})") from None
         except OSError as error:
             self.close()
             raise DataError(f"cannot be read: no room to unpack it ({error.strerror or error})") from None
+        except Exception as error:  # zipfile and zlib, each with errors of its own
+            self.close()
+            raise DataError(f"not a readable .npz archive ({type(error).__name__}: {error})") from None
 
 
 def npy(value: Array) -> bytes:

@@ -6,7 +6,7 @@ Knows labels; nothing of where samples lie.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 MAX_FILE_BYTES = 64 * 2**20
@@ -66,11 +66,28 @@ class Source(Protocol):
             DataError: there is no such entry, or it cannot be read; the message says why.
         """
 
-    def recorded(self, paths: Iterable[str]) -> None:
-        """Take note that these entries are in the ledger, on the disk."""
+    def recorded(self, paths: Iterable[str], *, finished: bool = False) -> None:
+        """Take note that these entries are in the ledger, on the disk; ``finished``: nobody will train them again."""
+
+    def held(self) -> dict[str, int]:
+        """Return the recorded entries of which the source keeps a copy of its own until :meth:`release`, and how many
+        bytes each takes of what it may take."""
+
+    def release(self, paths: Iterable[str]) -> None:
+        """Give up the copies of these entries: nobody will read them again."""
+
+    def check(self) -> None:
+        """Tell, once, what went wrong since the last call while nobody was waiting.
+
+        Raises:
+            StorageError: the disk refuses a copy; it is tried again. DataError: the source failed; it is opened again.
+        """
 
     def ended(self) -> bool:
         """Return whether :meth:`scan` has yielded all that there will be, or, if ``growing``, all that there is."""
+
+    def stalled(self) -> bool:
+        """Return whether it yields nothing more before something that waits is trained, or released."""
 
     def heed(self, waiting: int) -> None:
         """Take note that so many recorded samples wait to be trained: one that reads ahead may stop."""
@@ -103,6 +120,11 @@ def valid_labels(classes: Sequence[str]) -> str:
 
 def storable(found: Found) -> Found:
     """Return ``found``, or a problem in its place if its name is none that ledger and log can hold."""
-    # A name that is not UTF-8 comes with lone surrogates.
-    good = found.path.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in found.path)
-    return found if good else Found(ascii(found.path), None, "its name is not UTF-8; rename the file")
+    if not _is_utf8(found.path):
+        return Found(ascii(found.path), None, "its name is not UTF-8; rename the file")
+    return found if found.task is None or _is_utf8(found.task) else replace(found, task=ascii(found.task))
+
+
+def _is_utf8(text: str) -> bool:
+    # What is not UTF-8 comes with lone surrogates.
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from edgetune.errors import choices
 from edgetune.units import MIB
 
-KINDS = "a folder, FILE.npz, FILE.tar, or a pattern such as 'shards/*.tar'"
+KINDS = "a folder, FILE.npz, FILE.tar, a pattern such as 'shards/*.tar', module:function, file.py:function, or camera:0"
 """What --data may be, for messages and help."""
 AUGMENTATIONS = ("crop", "flip", "colour")
 

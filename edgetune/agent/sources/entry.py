@@ -32,7 +32,7 @@ def load_entry(spec: str) -> Any:
         raise DataError(f"'{spec}' names no function; expected module:function or file.py:function")
     place, name = found["place"], found["name"]
     try:
-        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = _from_file(Path(place)) if place.endswith(".py") else _from_module(place)
     except Exception as error:  # whatever the user's own module raises
         raise DataError(f"'{place}' of '{spec}' cannot be imported ({type(error).__name__}: {error})") from error
     target: Any = module
@@ -42,6 +42,14 @@ def load_entry(spec: str) -> Any:
             raise DataError(f"'{place}' has no '{name}'; it has: {known}")
         target = getattr(target, part)
     return target
+
+
+def _from_module(name: str) -> Any:
+    sys.path.insert(0, "")  # a module beside the user, as with python -m
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove("")
 
 
 def _from_file(path: Path) -> Any:

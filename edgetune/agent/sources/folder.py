@@ -81,11 +81,23 @@ class FolderSource:
             except OSError as error:
                 raise DataError(f"cannot be read ({error.strerror or error})") from None
 
-    def recorded(self, paths: Iterable[str]) -> None:
+    def recorded(self, paths: Iterable[str], *, finished: bool = False) -> None:
         """Do nothing: a file may be written again at any time."""
 
     def ended(self) -> bool:
         return True
+
+    def stalled(self) -> bool:
+        return False
+
+    def held(self) -> dict[str, int]:
+        return {}
+
+    def release(self, paths: Iterable[str]) -> None:
+        """Do nothing: there are no copies."""
+
+    def check(self) -> None:
+        """Do nothing: all that goes wrong is told at once."""
 
     def heed(self, waiting: int) -> None:
         """Do nothing: what lies in the folder takes no room elsewhere."""
