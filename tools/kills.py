@@ -83,14 +83,17 @@ class Job:
     replay: str = "none"
     settings: tuple[str, ...] = ()
 
-    def start(self, state: Path) -> subprocess.Popen[bytes]:
-        """Start the command in a process group of its own."""
+    def words(self, state: Path) -> list[str]:
+        """Return the command."""
         options = ["--epsilon", EPSILON, "--batch", BATCH, "--epochs", self.epochs, "--checkpoint-every", EVERY]
         settings = (f"replay.kind={self.replay}", f"replay.limit_bytes={LIMITS[self.replay]}", *self.settings)
         options += [word for setting in settings for word in ("--set", setting)]
         line = ["run", self.bundle, "--data", self.data, "--state", state, *options, "--once", "--quiet"]
-        words = [sys.executable, "-m", "edgetune", *map(str, line)]
-        return subprocess.Popen(words, cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
+        return [sys.executable, "-m", "edgetune", *map(str, line)]
+
+    def start(self, state: Path) -> subprocess.Popen[bytes]:
+        """Start the command in a process group of its own."""
+        return subprocess.Popen(self.words(state), cwd=ROOT, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def result(state: Path, job: Job) -> Result:

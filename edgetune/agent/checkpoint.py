@@ -235,7 +235,8 @@ def set_aside(path: Path) -> None:
 
 def remove_unfinished(directory: Path) -> None:
     """Delete what a process that was killed while it wrote has left behind."""
-    for pattern in ("checkpoint-*.tmp", "calibration-*.tmp", "calibration-*.unnamed"):
+    # The last is what the library of safetensors writes into.
+    for pattern in ("checkpoint-*.tmp", "calibration-*.tmp", "calibration-*.unnamed", ".tmp??????"):
         for path in directory.glob(pattern):
             path.unlink(missing_ok=True)
 
