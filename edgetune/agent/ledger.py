@@ -158,15 +158,15 @@ class Ledger:
         """Return up to ``limit`` rows with which nothing happens any more unless their source gives them
         again: (id, path, whether a newer content has the same path), the oldest first.
 
-        Not among them: what has passes to make, what is in the replay buffer, and what a rollback to a kept checkpoint
-        may still change.
+        Not among them: what has passes to make, what is in the replay buffer, what a rollback to a kept checkpoint may
+        still change, and the newest row, whose number would be given once more.
 
         Args:
             epochs: passes that a sample makes. after: ids up to this one are left out.
         """
         rows = self._db.execute(
             "SELECT id, path, EXISTS (SELECT 1 FROM samples AS newer WHERE newer.path = samples.path AND "
-            "newer.id > samples.id) FROM samples WHERE id > ? AND (status IN ('quarantined', 'heldout') OR "
+            "newer.id > samples.id) FROM samples WHERE id > ? AND id < (SELECT MAX(id) FROM samples) AND (status IN ('quarantined', 'heldout') OR "
             "(status = 'trained' AND passes >= ?)) AND id NOT IN (SELECT sample FROM visits) AND id NOT IN "
             "(SELECT sample FROM replayed) ORDER BY id LIMIT ?",
             (after, epochs, limit),

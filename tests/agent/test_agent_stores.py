@@ -188,6 +188,8 @@ def test_only_what_is_over_is_finished(tmp_path: Path) -> None:
     assert [row[0] for row in ledger.finished(2, 0, 9)] == [1, 4, 6], "a rollback may still change the third"
     ledger.flush(prune_through_step=4)
     assert [row[0] for row in ledger.finished(2, 1, 2)] == [3, 4]
+    ledger.quarantine([9], "poison", 5)
+    assert 9 not in [row[0] for row in ledger.finished(2, 0, 9)], "the newest row's number would be given again"
     ledger.forget([1, 3])
     assert [row.id for row in ledger.samples()] == [2, 4, 5, 6, 7, 8, 9] and len(ledger) == 7
     assert ledger.by_content("hash0") is None
