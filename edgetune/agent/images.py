@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgetune.bundle import Array, Manifest
+from edgetune.bundle import Array, Manifest, PreprocessSpec
 from edgetune.errors import BundleError, DataError, choices
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -44,8 +44,22 @@ class Decoder:
                 f"{list(manifest.targets.shape)} and its loss is {manifest.loss.kind}; train it through "
                 "edgetune.TrainingSession"
             )
-        self.shape = manifest.inputs[0].shape
-        self.color = manifest.preprocess.color
+        self._begin(manifest.inputs[0].shape, manifest.preprocess)
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], preprocess: PreprocessSpec) -> Decoder:
+        """Return a decoder for samples of ``shape``, where there is a model but no manifest.
+
+        Raises:
+            BundleError: as the constructor.
+        """
+        made = cls.__new__(cls)
+        made._begin(shape, preprocess)
+        return made
+
+    def _begin(self, shape: tuple[int, ...], preprocess: PreprocessSpec) -> None:
+        self.shape = shape
+        self.color = preprocess.color
         if self.color == "none":
             self.suffixes = ARRAY_SUFFIXES
         elif self.color in _CHANNELS:
@@ -60,8 +74,8 @@ class Decoder:
                 f"the bundle's colour '{self.color}' is unknown; known are: {choices([*_CHANNELS, 'none'])}"
             )
         spread = (-1,) + (1,) * (len(self.shape) - 1)
-        self._mean = np.asarray(manifest.preprocess.mean, np.float32).reshape(spread)
-        self._std = np.asarray(manifest.preprocess.std, np.float32).reshape(spread)
+        self._mean = np.asarray(preprocess.mean, np.float32).reshape(spread)
+        self._std = np.asarray(preprocess.std, np.float32).reshape(spread)
 
     def decode(self, data: bytes, change: Callable[[Array], Array] | None = None) -> Array:
         """Return the sample that the file content ``data`` holds.

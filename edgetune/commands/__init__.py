@@ -10,6 +10,7 @@ from edgetune.commands.budget import budget
 from edgetune.commands.config import config
 from edgetune.commands.demo import demo
 from edgetune.commands.doctor import doctor
+from edgetune.commands.eval import eval_
 from edgetune.commands.export import export
 from edgetune.commands.history import history
 from edgetune.commands.inspect import inspect
@@ -22,7 +23,7 @@ from edgetune.commands.status import status
 from edgetune.errors import EdgeTuneError
 from edgetune.version import __version__
 
-COMMANDS = (export, inspect, plan, config, run, budget, status, report, promote, rollback, history, doctor, demo)
+COMMANDS = (export, inspect, plan, config, run, budget, status, report, eval_, promote, rollback, history, doctor, demo)
 
 app = typer.Typer(
     name="edgetune",
@@ -41,7 +42,7 @@ def _front(version: bool = typer.Option(False, "--version", help="Print the vers
 
 
 for _command in COMMANDS:
-    app.command()(_command)
+    app.command(_command.__name__.rstrip("_"))(_command)
 
 
 def main() -> None:

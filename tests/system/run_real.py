@@ -1,6 +1,6 @@
 """Runs the real agent in a process of its own and prints one JSON line about it.
 
-Usage: run_real.py JSON, with the keys bundle and config (of AgentConfig). Needs nothing but what a device has.
+Usage: run_real.py JSON, with the keys bundle and config (as a config file has it). Needs nothing but what a device has.
 Printed: the outcome, or the error with its exit code; which of the host's libraries were loaded; the Python version.
 """
 
@@ -13,8 +13,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from edgetune.agent.config import AgentConfig
 from edgetune.agent.loop import run_agent
+from edgetune.agent.settings import configured
 from edgetune.bundle import Bundle
 from edgetune.errors import BudgetError, EdgeTuneError
 
@@ -24,10 +24,9 @@ HOST_LIBRARIES = ("torch", "onnx", "onnxscript", "sklearn", "scipy")
 def main() -> None:
     """Run as told by the first argument."""
     told = json.loads(sys.argv[1])
-    data, state = (Path(told["config"].pop(name)) for name in ("data", "state"))
     result: dict[str, Any] = {"error": None}
     try:
-        outcome = run_agent(Bundle.open(told["bundle"]), AgentConfig(data=data, state=state, **told["config"]))
+        outcome = run_agent(Bundle.open(told["bundle"]), configured(told["config"]))
         result |= {"step": outcome.step, "accuracy": outcome.accuracy, "reason": outcome.reason}
     except EdgeTuneError as error:
         result |= {"error": type(error).__name__, "message": str(error), "exit_code": error.exit_code}

@@ -236,7 +236,7 @@ class Gatekeeper:
             versions.history.append(
                 "refused", step=work.step, bundle=digest, score=score, against=against, reason=refused, by="agent"
             )
-            work.journal.event("not_promoted", f"not promoted: {refused}", step=work.step, reason=refused)
+            work.journal.event("not_promoted", step=work.step, reason=refused)
             return
         fresh = Version(
             versions.next_number(), at.number, work.step, digest, score=score, against=against, reason=decision.reason,

@@ -18,7 +18,7 @@ from edgetune.agent.gate.decision import decide
 from edgetune.agent.gate.versions import Candidate, Version, Versions
 from edgetune.agent.state import read_identity
 from edgetune.agent.storage import guard
-from edgetune.bundle import places_in
+from edgetune.bundle import Place, places_in
 from edgetune.errors import GateError, StateError
 
 
@@ -108,10 +108,8 @@ def promote(state: Path, *, force: bool = False) -> Version:
             reason=decision.reason, by="user", forced=not decision.passes, verdicts=candidate.verdicts,
         )  # fmt: skip
         with _pinned(versions, state, candidate) as checkpoint:
-            base = _base(versions, candidate)
-            weights, own = dict(base.weights), places_in(checkpoint)
-            for name in weights:
-                weights[name] = own.get(name) or own.get(f"buffer/{name}") or weights[name]
+            base = base_of(versions, candidate.bundle)
+            weights = with_checkpoint(base, checkpoint)
             said = {key: value for key, value in base.metadata.items() if key not in ("version", "step", "score")}
             fresh = versions.add(fresh, base.skeleton, weights, said)
         versions.use(fresh.number)
@@ -130,16 +128,26 @@ def _classes(versions: Versions, version: Version) -> tuple[str, ...]:
     return onnxfile.classes_of(onnxfile.open_model(versions.file(version.number)))
 
 
-def _base(versions: Versions, candidate: Candidate) -> onnxfile.ModelFile:
-    """Return the newest version of the candidate's bundle: it has the graph, and the weights that are not trained."""
+def base_of(versions: Versions, bundle: str) -> onnxfile.ModelFile:
+    """Return the newest version of the bundle with this digest: it has the graph, and the weights that are not trained.
+
+    Raises:
+        StateError: none is intact.
+    """
     for number in reversed(versions.numbers()):
         version = versions.version(number)
-        if version.bundle == candidate.bundle and versions.intact(version):
+        if version.bundle == bundle and versions.intact(version):
             return onnxfile.open_model(versions.file(number))
     raise StateError(
         "no version of the candidate's bundle is intact, and the graph is in none of the others; run the agent with "
         "gate.automatic = true, which has the bundle"
     )
+
+
+def with_checkpoint(base: onnxfile.ModelFile, checkpoint: Path) -> dict[str, Place]:
+    """Return where the weights lie of the model that ``checkpoint`` holds: those that it lacks are in ``base``."""
+    own = places_in(checkpoint)
+    return {name: own.get(name) or own.get(f"buffer/{name}") or place for name, place in base.weights.items()}
 
 
 @contextmanager
