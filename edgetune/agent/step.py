@@ -54,6 +54,7 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
     measured_bytes = max(peak_bytes, work.feeder.decode_peak_bytes)
     work.step += 1
     work.supply.trained(fed.samples, passes, work.step)
+    work.gate.tasks.trained(fed.samples)
     if work.feeder.cache is not None:
         mine = (sample for sample in fed.samples if not sample.replayed)
         last = [sample for sample in mine if passes[sample.id] + 1 >= work.config.epochs]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from edgetune.agent import checkpoint as checkpoints
+from edgetune.agent.gate.tasks import Tasks
 from edgetune.agent.ledger import Ledger
 from edgetune.agent.ledger_schema import STATUSES
 from edgetune.agent.service.life import Standings, life_of
@@ -96,7 +97,7 @@ def report(path: Path) -> dict[str, Any]:
     (None without a budget), loss_first, loss_last, accuracy_before, accuracy, evaluations, epsilon_least, epsilon_last,
     energy_least (captured), refreshes (of the bases: how many were made, mended the energy, fell short, failed),
     seconds (per phase, summed), allocation, codecs (of the last plan: how many tensors each keeps), events (how many of
-    each kind).
+    each kind), tasks (``Tasks.report``, as of the newest intact checkpoint; None where no sample names its task).
 
     Raises:
         StateError: not a state directory, or nothing was logged.
@@ -152,7 +153,16 @@ def report(path: Path) -> dict[str, Any]:
         "allocation": planned.get("allocation"),
         "codecs": planned.get("codecs"),
         "events": events,
+        "tasks": _tasks(path),
     }
+
+
+def _tasks(path: Path) -> dict[str, Any] | None:
+    for _, file in checkpoints.listed(path):
+        if checkpoints.verified(file):
+            told = checkpoints.read_position(file).get("gate")
+            return None if told is None else Tasks.from_plain(told["tasks"]).report()
+    return None
 
 
 def _samples(path: Path) -> tuple[dict[str, int], list[dict[str, Any]]]:

@@ -51,4 +51,17 @@ def report(
     for name, value in found["seconds"].items():
         table.add_row(f"seconds: {name}", f"{value:.3f}")
     table.add_row("events", ", ".join(f"{count} {name}" for name, count in found["events"].items()))
-    Console(markup=False, emoji=False).print(table)
+    console = Console(markup=False, emoji=False)
+    console.print(table)
+    if (tasks := found["tasks"]) is None:
+        return
+    matrix = Table(title="held-out accuracy by task")
+    matrix.add_column("after learning")
+    for name in tasks["tasks"]:
+        matrix.add_column(name, justify="right")
+    matrix.add_row("nothing", *(number(value, ".1%") for value in tasks["before"]))
+    for name, row in zip(tasks["tasks"], tasks["matrix"], strict=True):
+        matrix.add_row(name, *(number(value, ".1%") for value in row))
+    console.print(matrix)
+    for name in ("average_accuracy", "forgetting", "backward_transfer", "forward_transfer"):
+        print(f"{name.replace('_', ' ')}: {number(tasks[name], '.1%')}")

@@ -19,6 +19,7 @@ from edgetune.agent.checkpoint import Checkpoint
 from edgetune.agent.gate import onnxfile
 from edgetune.agent.gate.decision import Decision, decide, tally
 from edgetune.agent.gate.heldout import choose
+from edgetune.agent.gate.tasks import Tasks
 from edgetune.agent.gate.versions import Candidate, Version, Versions
 from edgetune.agent.ledger import Sample
 from edgetune.bundle import Array, Place, places_in
@@ -37,6 +38,7 @@ class Gatekeeper:
         self._work, self._config = work, work.config.gate
         self.versions = Versions(work.keeper.path)
         self.judged_step: int | None = None
+        self.tasks = Tasks()
         self._verdicts: dict[str, int] = {}
         self._rows: dict[str, Sample] = {}
 
@@ -110,11 +112,13 @@ class Gatekeeper:
             self._verdicts, self._rows, self.judged_step = verdicts, rows, work.step
             score = tally(verdicts, self._labels())
             work.accuracy = score.accuracy
+            by_task = self._by_task()
+            self.tasks.judged(by_task)
             peak_bytes = work.feeder.peak_bytes(work.parts.meter)
             work.journal.event(
                 "evaluated", "" if score.accuracy is None else f"held-out accuracy {score.accuracy:.1%}",
                 step=work.step, accuracy=score.accuracy, correct=score.right, samples=score.samples,
-                classes=score.plain(work.bundle.manifest.classes)["classes"],
+                classes=score.plain(work.bundle.manifest.classes)["classes"], tasks=by_task,
                 measured_peak_bytes=max(peak_bytes, work.feeder.decode_peak_bytes),
                 seconds={"evaluate": round(time.perf_counter() - started, 6)},
             )  # fmt: skip
@@ -132,6 +136,18 @@ class Gatekeeper:
 
     def _labels(self) -> dict[str, int]:
         return {content: sample.label for content, sample in self._rows.items() if sample.label is not None}
+
+    def _by_task(self) -> dict[str, tuple[int, int]]:
+        """Return how many of the judged samples of each task are right, and how many there are."""
+        labels = self._labels()
+        names = {row.task for row in self._rows.values() if row.task is not None}
+        found = {}
+        for task in sorted(names):
+            own = {content: labels[content] for content, row in self._rows.items() if row.task == task}
+            score = tally(self._verdicts, own)
+            if score.samples:
+                found[task] = (score.right, score.samples)
+        return found
 
     def _judge(self, rows: Mapping[str, Sample]) -> dict[str, int]:
         """Return the verdicts of the session's present weights; what cannot be read any more is quarantined."""
@@ -275,11 +291,12 @@ class Gatekeeper:
     # -- the checkpoint's part --------------------------------------------------------------------------------------
     def to_plain(self) -> dict[str, Any]:
         """Return what a checkpoint holds of the gate, as JSON data."""
-        return {"judged_step": self.judged_step}
+        return {"judged_step": self.judged_step, "tasks": self.tasks.to_plain()}
 
     def from_plain(self, told: Mapping[str, Any] | None) -> None:
         """Take what :meth:`to_plain` returned; None: a checkpoint from before there was a gate."""
         self.judged_step = None if told is None else told["judged_step"]
+        self.tasks = Tasks() if told is None else Tasks.from_plain(told["tasks"])
 
 
 def verdicts_of(outputs: Array) -> list[int]:
