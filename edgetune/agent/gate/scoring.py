@@ -26,6 +26,7 @@ from edgetune.agent.gate.versions import Versions
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Ledger
 from edgetune.agent.sources import open_source
+from edgetune.agent.sources.config import IntakeConfig
 from edgetune.bundle import PreprocessSpec
 from edgetune.engines.serving import ServedModel
 from edgetune.errors import DataError, StateError, UsageError, choices
@@ -71,11 +72,11 @@ def score(
     if candidate and version is not None:
         raise UsageError("a candidate has no version yet; give --version or --candidate, not both")
     versions = opened(state)
-    with _model(versions, state, version, candidate) as (name, path):
+    with _model(versions, state, version, candidate) as (name, path), tempfile.TemporaryDirectory() as scratch:
         said = onnxfile.open_model(path)
         classes, served = onnxfile.classes_of(said), ServedModel(path)
         decoder = Decoder.of(served.shape, _preprocess(said))
-        source = open_source(data, classes, decoder.suffixes)
+        source = open_source(data, classes, decoder.suffixes, IntakeConfig(), Path(scratch))
         right, of = Counter[int](), Counter[int]()
         statuses, skipped = Counter[str](), Counter[str]()
         x, labels = np.empty((_BATCH, *served.shape), np.float32), list[int]()
