@@ -166,9 +166,9 @@ class Ledger:
         """
         rows = self._db.execute(
             "SELECT id, path, EXISTS (SELECT 1 FROM samples AS newer WHERE newer.path = samples.path AND "
-            "newer.id > samples.id) FROM samples WHERE id > ? AND id < (SELECT MAX(id) FROM samples) AND (status IN ('quarantined', 'heldout') OR "
-            "(status = 'trained' AND passes >= ?)) AND id NOT IN (SELECT sample FROM visits) AND id NOT IN "
-            "(SELECT sample FROM replayed) ORDER BY id LIMIT ?",
+            "newer.id > samples.id) FROM samples WHERE id > ? AND id < (SELECT MAX(id) FROM samples) AND "
+            "(status IN ('quarantined', 'heldout') OR (status = 'trained' AND passes >= ?)) AND id NOT IN "
+            "(SELECT sample FROM visits) AND id NOT IN (SELECT sample FROM replayed) ORDER BY id LIMIT ?",
             (after, epochs, limit),
         )
         marked = {mark[1] for mark in (*self._visits, *self._replays)} | set(self._kept)
