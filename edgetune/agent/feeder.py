@@ -62,7 +62,8 @@ class Feeder:
         replay: Replay | None = None,
         augment: Augmentation | None = None,
     ) -> None:
-        self.source, self.decoder, self.cache, self.replay, self.augment = source, decoder, cache, replay, augment
+        self.source, self.decoder, self.cache, self.replay = source, decoder, cache, replay
+        self.augment = augment
         self.decode_peak_bytes, self.decode_peak_path = 0, ""
         self._meter: Meter | None = None
         self._other_peak_bytes = self._phase_peak_bytes = 0
@@ -104,7 +105,9 @@ class Feeder:
         data = self.read(sample)
         if not to_train or self.augment is None or not self.augment.kinds:
             return self.decoder.decode(data)
-        return self.decoder.decode(data, self.augment.of(sample.passes, sample.sha256))
+        # A replayed sample is another one in every step; steps are told apart from passes by their sign.
+        epoch = -1 - self.replay.step if sample.replayed and self.replay is not None else sample.passes
+        return self.decoder.decode(data, self.augment.of(epoch, sample.sha256))
 
     def read(self, sample: Sample) -> bytes:
         """Return a sample's content as it was recorded: of a replayed one, and of one that its source cannot give any

@@ -63,9 +63,6 @@ class Supply:
         self._told_waiting = False
         self.quarantined = ledger.counts()["quarantined"]
         self._told_full = self._gave_in = False
-        # Calibrations look ahead. With a window they must always see as much, or what they find depends on arrivals.
-        ahead = max(config.calibration_batches, -(-LEAST_SAMPLES // batch))
-        self._ahead = None if config.intake.window is None else batch * ahead
         self._newest_step = 0
         self.pool = self._empty_pool()
 
@@ -89,8 +86,11 @@ class Supply:
 
     @property
     def _wanted(self) -> int:
-        """How many new samples must be there for a batch."""
-        return self.needed if self._ahead is None else self._ahead
+        """How many samples of the pool there must be before a batch is drawn."""
+        if self.config.intake.window is None:
+            return self.needed
+        # Calibrations look ahead. With a window they must always see as much, or what they find depends on arrivals.
+        return self.batch * max(self.config.calibration_batches, -(-LEAST_SAMPLES // self.batch))
 
     @property
     def epoch(self) -> int:
@@ -165,10 +165,10 @@ class Supply:
         rows = list(samples)
         mine = [row for row in rows if not row.replayed]
         self.ledger.mark_trained((row.id for row in mine), step)
-        self._gave_in = False
         for row in mine:
             self.pool.add(row.id, row.sha256, passes[row.id] + 1)
         self.replay.commit(step, (row for row in mine if not passes[row.id]), (row for row in rows if row.replayed))
+        self._gave_in = False
         self._tell_the_source()
 
     def kept(self, oldest_step: int, newest_step: int) -> None:

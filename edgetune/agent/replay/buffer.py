@@ -125,8 +125,7 @@ class Replay:
         """Yield the samples to be replayed in the next step, in the order in which they are drawn: all of the buffer
         but those in ``without``; the caller takes as many as it needs."""
         for entry in self._index.draw(self.step + 1, without):
-            # Augmented otherwise in every step, and not by how often the disk knows it to have been trained.
-            yield replace(self.ledger.get(entry.sample), replayed=True, passes=self.step + 1)
+            yield replace(self.ledger.get(entry.sample), replayed=True)
 
     @property
     def lost(self) -> int:
