@@ -11,6 +11,7 @@ from typing import Any
 
 from edgetune.agent.budget import PER_LAYER, PlanRequest, release_memory
 from edgetune.agent.comparing import BATCHES, chooses, compare
+from edgetune.agent.culprits import culprits
 from edgetune.agent.service.states import State
 from edgetune.agent.work import Work
 from edgetune.bundle import Array
@@ -18,6 +19,7 @@ from edgetune.engines.calibration import calibrate
 from edgetune.engines.certificate import Certificate
 from edgetune.engines.exhaustion import telling_exhaustion
 from edgetune.engines.gradient_error import Batch
+from edgetune.errors import DataError
 from edgetune.planning.plan import Plan
 from edgetune.planning.spectra import Calibration, identity_calibration
 
@@ -34,9 +36,7 @@ def begin(work: Work, stopping: Callable[[], bool]) -> None:
     work.enforcer.heed_deaths()
     started = time.perf_counter()
     work.parts.meter.reset()
-    calibration = calibrate(
-        work.measuring("the calibration"), work.bundle.manifest, work.next_features(work.config.calibration_batches)
-    )
+    calibration = _calibrated(work)
     if calibration is not None:
         work.journal.event(
             "calibrated", f"calibrated on {calibration.samples} samples", samples=calibration.samples,
@@ -90,6 +90,24 @@ def go_back(work: Work) -> None:
         work.keeper.set_calibration(work.step, work.budgeter.plan.calibration)
         work.make_session()
         work.refresher.restart(work.budgeter.plan)
+
+
+def _calibrated(work: Work) -> Calibration | None:
+    """Calibrate on the next batches, without samples that would make it impossible.
+
+    Raises:
+        DataError: an activation is not finite, and no sample alone is the cause.
+    """
+    while True:
+        batches = work.config.calibration_batches
+        try:
+            return calibrate(work.measuring("the calibration"), work.bundle.manifest, work.next_features(batches))
+        except DataError:
+            bad = culprits(work, work.supply.preview(work.batch * batches))
+            if not bad:
+                raise
+        work.supply.quarantine((sample, "the loss was not finite in the calibration") for sample in bad)
+        work.supply.rebuild()
 
 
 def _compared(work: Work, calibration: Calibration | None) -> Calibration | None:

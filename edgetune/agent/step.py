@@ -10,6 +10,7 @@ import time
 
 from edgetune.agent.beginning import go_back
 from edgetune.agent.budget import release_memory
+from edgetune.agent.culprits import culprits
 from edgetune.agent.feeder import Fed
 from edgetune.agent.service.states import State
 from edgetune.agent.work import Work
@@ -48,7 +49,7 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
         return False
     report = work.session.report
     if not (math.isfinite(report.loss) and math.isfinite(report.gradient_norm)):
-        _recover(work, fed, "loss" if not math.isfinite(report.loss) else "gradient")
+        _recover(work, fed, passes, "loss" if not math.isfinite(report.loss) else "gradient")
         return False
     peak_bytes = work.feeder.peak_bytes(meter)
     measured_bytes = max(peak_bytes, work.feeder.decode_peak_bytes)
@@ -136,12 +137,29 @@ def _rebase(work: Work, calibration: Calibration) -> None:
     release_memory()
 
 
-def _recover(work: Work, fed: Fed, what: str) -> None:
-    """Forget a step that was not finite, go back to the last checkpoint, and never train its batch again."""
+def _recover(work: Work, fed: Fed, passes: dict[int, int], what: str) -> None:
+    """Answer a step that was not finite, and was therefore not applied: never train again the samples that broke it.
+
+    Where each of them is found, the others of the batch go back to their places. Where no sample alone broke it, or all
+    do, the weights are at fault: back to the last checkpoint. What then is broken alone, or else the whole batch, is
+    taken out of use, because the same steps would come to the same end.
+    """
     reason = f"the {what} was not finite at step {work.step + 1}"
-    new = (sample for sample in fed.samples if not sample.replayed)  # the others were trained before, and well
-    work.supply.quarantine(((sample, reason) for sample in new), work.step + 1)
+    new = [sample for sample in fed.samples if not sample.replayed]  # the others were trained before, and well
+    bad = culprits(work, new) if work.session.whole else []
+    if bad and len(bad) < len(fed.samples):
+        work.session.discard()
+        work.supply.quarantine(((sample, reason) for sample in bad), work.step + 1)
+        work.supply.give_back((sample for sample in new if sample not in bad), passes)
+        text = f"{reason}: nothing was applied; {len(bad)} of {len(fed.samples)} samples broke it, the others stay"
+        work.journal.event("not_finite", text, step=work.step, culprits=len(bad), samples=len(fed.samples))
+        return
     go_back(work)
+    bad = culprits(work, new) or new
+    work.supply.quarantine(((sample, reason) for sample in bad), work.step + 1)
+    work.supply.rebuild()
+    text = f"{reason}: back to step {work.step}, without {len(bad)} of {len(fed.samples)} samples"
+    work.journal.event("not_finite", text, step=work.step, culprits=len(bad), samples=len(fed.samples))
     work.bad_batches += 1
     if work.bad_batches >= MOST_BAD_BATCHES:
         raise DataError(

@@ -200,9 +200,10 @@ class FakeSession:
 
     def step_features(self, features: Sequence[Array], y: Array) -> float:
         loss, gradient, correct, energy = self._gradient(features[0], y)
-        self.momentum = (self.hyper["momentum"] * self.momentum + gradient).astype(np.float32)
-        self.weight = (self.weight - self.hyper["learning_rate"] * self.momentum).astype(np.float32)
-        self.step_number += 1
+        if np.isfinite(loss) and np.isfinite(gradient).all():  # else nothing is applied, as in the real one
+            self.momentum = (self.hyper["momentum"] * self.momentum + gradient).astype(np.float32)
+            self.weight = (self.weight - self.hyper["learning_rate"] * self.momentum).astype(np.float32)
+            self.step_number += 1
         self.report = FakeReport(
             loss, correct, len(y), {"head": energy}, float(np.linalg.norm(gradient)), {"train": 1e-4, "update": 1e-5}
         )
