@@ -16,4 +16,4 @@ def rollback(
 
     left, taken = go_back(state)
     print(f"version {taken.number} (step {taken.step}) is in use again in the place of version {left.number}.")
-    print(f"Nothing is promoted by itself until 'edgetune promote {state}' (or --automatic).")
+    print(f"The agent promotes nothing by itself until 'edgetune promote {state}' did, or with --automatic.")

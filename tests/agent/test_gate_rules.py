@@ -95,6 +95,20 @@ def test_the_gate(candidate: set[int], promoted: set[int], changed: dict[str, fl
     assert (found.candidate.right, found.candidate.samples) == (60 - len(candidate), 60)
 
 
+@pytest.mark.parametrize(
+    ("lost", "of", "tolerance", "passes"),
+    [(1, 12, 0.05, True), (2, 12, 0.05, False), (1, 12, 0.0, False), (2, 21, 0.05, True), (3, 21, 0.05, False)],
+)
+def test_a_class_may_lose_its_tolerance_in_whole_samples(lost: int, of: int, tolerance: float, passes: bool) -> None:
+    labels = {f"s{i}": int(i < 100) for i in range(100 + of)}  # 100 of class 1, a few of class 0
+    new = {
+        content: 1 if content in {f"s{100 + i}" for i in range(lost)} else label for content, label in labels.items()
+    }
+    old = {content: label if int(content[1:]) > 9 else 2 for content, label in labels.items()}  # worse elsewhere
+    found = decide(GateConfig(class_tolerance=tolerance), NAMES, labels, new, old)
+    assert found.passes is passes, found.reason
+
+
 def test_models_are_compared_on_what_both_have_seen_and_on_nothing_else() -> None:
     new = verdicts(LABELS, set())
     old = {content: verdict for content, verdict in verdicts(LABELS, {0, 1}).items() if int(content[1:]) < 30}

@@ -14,7 +14,7 @@ class GateConfig:
         every: steps between two evaluations; none = at each checkpoint.
         most_heldout: held-out samples that an evaluation looks at, at most.
         tolerance: by how much a candidate's accuracy may lie below that of the promoted model, in [0, 1].
-        class_tolerance: the same for the accuracy of each class.
+        class_tolerance: the same for the accuracy of each class, rounded up to whole samples.
         least_heldout: while there are fewer held-out samples, nothing is promoted in the place of the first model.
         keep: promoted models that are kept on the disk, for a rollback.
     """

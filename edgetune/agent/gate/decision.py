@@ -6,6 +6,7 @@ on the same samples: those on which both have a verdict.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +87,8 @@ def decide(
     worse = []
     for label, (right, of) in sorted(new.classes.items()):
         before = old.classes[label][0]
-        if (before - right) / of > config.class_tolerance + _ROUNDING:
+        # Whole samples: of 12, a tolerance of 0.05 would be 0.6 of one, and a single sample would decide.
+        if before - right > math.ceil(config.class_tolerance * of - _ROUNDING):
             worse.append(f"{names[label]} ({right} of {of} right, before {before})")
     if worse:
         rest = f" and {len(worse) - 5} more" if len(worse) > 5 else ""
