@@ -59,6 +59,7 @@ def resume(work: Work, tensors: Mapping[str, Array], position: Mapping[str, Any]
     work.accuracy_before, work.accuracy = position["accuracy_before"], position["accuracy"]
     work.gate.from_plain(position.get("gate"))
     work.refresher.certificate = Certificate.from_plain(position["certificate"])
+    work.drift.from_plain(position.get("drift", {}))
     calibration = work.keeper.calibration
     if PlanRequest(**position["request"]) == work.budgeter.request:
         plan = work.budgeter.adopt(Plan.from_json(position["plan"]), calibration, corrected=position["corrected"])
@@ -90,6 +91,7 @@ def go_back(work: Work) -> None:
         work.keeper.set_calibration(work.step, work.budgeter.plan.calibration)
         work.make_session()
         work.refresher.restart(work.budgeter.plan)
+        work.drift.from_plain({})
 
 
 def _calibrated(work: Work) -> Calibration | None:

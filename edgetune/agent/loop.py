@@ -22,6 +22,7 @@ from edgetune.agent.journal import Journal
 from edgetune.agent.keeper import Keeper
 from edgetune.agent.ledger import Ledger
 from edgetune.agent.parts import Parts, real_parts
+from edgetune.agent.quiet import Rest
 from edgetune.agent.rehearsal import rehearse
 from edgetune.agent.replay.buffer import Replay
 from edgetune.agent.service.service import Service
@@ -118,7 +119,7 @@ class Agent:
         self.supply = Supply(
             config, intake, ledger, journal, replay=replay, batch=state.batch, seed=state.seed, stopping=self.stopping
         )
-        self._retry_save_at = 0.0
+        self._retry_save_at = self._look_at = 0.0
 
     def stopping(self) -> bool:
         """Return whether somebody asked for an end. Whoever asks is alive."""
@@ -214,7 +215,7 @@ class Agent:
         reason = self.service.verdict().pause
         if not reason or self.stopping():
             return
-        since, look_at = time.monotonic(), time.monotonic() + self.config.rescan_seconds
+        since = time.monotonic()
         before = self.journal.standing
         self.journal.event("yielded", f"paused: {reason}", reason=reason, **self.service.figures())
         self.journal.enter(State.PAUSED, reason)
@@ -223,16 +224,30 @@ class Agent:
             work.unload()
         while (reason := self.service.verdict().pause) and not self.stopping():
             self.journal.enter(State.PAUSED, reason)
-            time.sleep(self.config.pause_seconds)
-            if not self.config.once and time.monotonic() >= look_at:  # samples go on arriving
-                self.supply.look()
-                look_at = time.monotonic() + self.config.rescan_seconds
+            self._idle()
         seconds = round(time.monotonic() - since, 3)
         self.journal.event("yield_ended", f"goes on after {seconds:g} s", seconds={"yielded": seconds})
         if before is not None:
             self.journal.enter(before.state, before.reason)
         if work is not None and not self.stopping():
             work.reload()
+
+    def _idle(self) -> None:
+        """Let a moment pass; samples go on arriving."""
+        time.sleep(self.config.pause_seconds)
+        if not self.config.once and time.monotonic() >= self._look_at:
+            self.supply.look()
+            self._look_at = time.monotonic() + self.config.rescan_seconds
+
+    def _rest_quietly(self) -> None:
+        """Train nothing while nothing is to be gained."""
+        self.work.save_before_a_wait()
+        rest = Rest(self.work)
+        self.journal.event("quiet", f"resting: {rest.reason}", step=self.work.step, reason=rest.reason)
+        while not self.stopping() and not rest.over():
+            self.journal.enter(State.WAITING, rest.reason)
+            self._idle()
+            self._give_way(self.work)
 
     def _train(self) -> str:
         config, work = self.config, self.work
@@ -251,7 +266,9 @@ class Agent:
                 self.supply.wait()
                 continue
             self._give_way(work)
-            if work.go_on(self.stopping):
+            if work.drift.quiet and not config.once:
+                self._rest_quietly()
+            elif work.go_on(self.stopping):
                 slow, began = self.service.verdict().slow, time.monotonic()
                 self._enter_training(slow)
                 if train_step(work) and work.step % config.checkpoint_every == 0:

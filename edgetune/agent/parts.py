@@ -40,6 +40,7 @@ class Session(Protocol):
     """
 
     phase_ended: Callable[[str], None] | None
+    hyper: dict[str, float]
 
     @property
     def report(self) -> Any: ...

@@ -76,17 +76,17 @@ class Refresher:
         """Begin anew, with ``plan`` in place of ``old``; return the reason for people, and figures for the log."""
         fallen, tracks = dict(self.certificate.fallen), self.certificate.tracks
         tensors = {name: {"promised": promised, "measured": tracks[name].mean} for name, promised in fallen.items()}
-        worst = min(fallen, key=lambda name: tracks[name].mean - fallen[name])
-        more = f" (and of {len(fallen) - 1} more)" if len(fallen) > 1 else ""
         done = "the same ranks"
         if plan.ranks != old.ranks or plan.selection != old.selection:
             done = f"other ranks, ε {old.epsilon} -> {plan.epsilon}"
             if plan.epsilon is None:
                 done = f"planned anew: {described(plan.selection)}"
-        reason = (
-            f"the captured energy of {worst}{more} fell to {tracks[worst].mean:.4f} of {fallen[worst]:.4f}; new bases, "
-            f"{done}"
-        )
+        why = "the world changed"
+        if fallen:
+            worst = min(fallen, key=lambda name: tracks[name].mean - fallen[name])
+            more = f" (and of {len(fallen) - 1} more)" if len(fallen) > 1 else ""
+            why = f"the captured energy of {worst}{more} fell to {tracks[worst].mean:.4f} of {fallen[worst]:.4f}"
+        reason = f"{why}; new bases, {done}"
         self.certificate.refreshed(promises(self._manifest, plan))
         return reason, {"tensors": tensors, **self._figures}
 

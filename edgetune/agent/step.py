@@ -5,6 +5,7 @@ Knows a run's work; nothing of the loop around it.
 
 from __future__ import annotations
 
+import json
 import math
 import time
 
@@ -22,7 +23,7 @@ MOST_BAD_BATCHES = 5
 
 def train_step(work: Work) -> bool:
     """Train on the next batch; return whether a step was made (not if the batch was bad, or memory ran out)."""
-    if work.refresher.due:
+    if work.refresher.due or work.drift.recalibration_due:
         _refresh(work)
     passes: dict[int, int] = {}
     fed = Fed()
@@ -43,6 +44,7 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
         first = [row for row, one in enumerate(piece.samples) if not one.replayed and not passes[one.id]]
         work.replay.keep([piece.samples[row] for row in first], piece.features, first, work.feeder.read)
 
+    work.session.hyper["learning_rate"] = work.learning_rate * work.drift.rate_factor
     work.make_step(work.supply.taker(passes, fed.bad), fed, keep)
     work.supply.quarantine(fed.bad)
     if not fed.samples:
@@ -66,6 +68,7 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
     allowance = work.enforcer.allowance
     work.journal.event(
         "step", step=work.step, epoch=epoch, loss=report.loss, accuracy=accuracy, epsilon=plan.epsilon,
+        learning_rate=work.session.hyper["learning_rate"],
         ranks=dict(plan.ranks), energy=dict(report.energy), predicted_peak_bytes=plan.predicted_peak_bytes,
         measured_peak_bytes=measured_bytes, decode_peak_bytes=work.feeder.decode_peak_bytes,
         budget_bytes=allowance.asked, effective_budget_bytes=allowance.limit, planned_bytes=plan.budget_bytes,
@@ -80,6 +83,8 @@ def _train(work: Work, fed: Fed, passes: dict[int, int]) -> bool:
     work.enforcer.measured(peak_bytes, resettable=meter.resettable is not False)
     if len(fed.samples) == work.batch:  # a shorter one says less, and its batch rank is nearly full
         work.refresher.observe(work.step, energy, work.budgeter.plan)
+        kept_as = json.dumps([plan.ranks, plan.selection], sort_keys=True)
+        work.tell_drift(work.drift.stepped(report.loss, list(energy.values()), kept_as))
     taken_seconds = time.perf_counter() - started
     work.mean_seconds += (taken_seconds - work.mean_seconds) * (0.1 if work.mean_seconds else 1.0)
     work.now.epoch, work.now.loss, work.now.accuracy = epoch, report.loss, accuracy
@@ -116,6 +121,7 @@ def _refresh(work: Work) -> None:
     if len(work.supply.preview(work.batch)) < work.batch:
         return  # too little data to tell
     work.journal.enter(State.CALIBRATING, "new bases")
+    work.drift.recalibrated()
     features = work.next_features(work.refresher.batches(work.batch, work.config.calibration_batches))
     try:
         session = work.measuring("new bases")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from edgetune.agent.cache import FeatureCache
 from edgetune.agent.ceiling import ceiling
 from edgetune.agent.config import AgentConfig
 from edgetune.agent.deaths import read_deaths
+from edgetune.agent.drift.drift import Drift, Finding
 from edgetune.agent.enforcement import Enforcer
 from edgetune.agent.feeder import Fed, Feeder
 from edgetune.agent.gate.gatekeeper import Gatekeeper
@@ -61,6 +62,8 @@ class Work:
         self.ledger, self.feeder, self.keeper, self.supply = ledger, feeder, keeper, supply
         self.batch, self.seed, self.replay = supply.batch, supply.seed, supply.replay
         self.refresher = Refresher(bundle.manifest, journal)
+        self.drift = Drift(config.drift)
+        self.learning_rate = {**bundle.manifest.optimizer.scalars, **config.hyper}["learning_rate"]
         self.step, self.bad_batches, self.mean_seconds = 0, 0, 0.0
         self.accuracy_before: float | None = None
         self.accuracy: float | None = None
@@ -224,6 +227,14 @@ class Work:
             fields = timeline_fields(self.bundle.manifest, plan, self._runtime_bytes, self._phases_bytes)
             self.journal.event("timeline", step=self.step, **fields)
 
+    def tell_drift(self, findings: Iterable[Finding]) -> None:
+        """Log how the world changed, and what follows."""
+        for found in findings:
+            self.journal.event(
+                "drift", str(found), step=self.step, what=found.what, before=found.before, after=found.after,
+                values=found.values, actions=list(found.actions),
+            )  # fmt: skip
+
     def judge(self, phase: str, peak_bytes: int) -> None:
         """Hold a phase between steps, and the unpacking of pictures in it, to the effective budget."""
         self.judge_decoding()
@@ -245,7 +256,7 @@ class Work:
     def save(self, *, evaluate: bool = True) -> bool:
         """Make everything up to this step permanent; return whether the disk let it happen."""
         if evaluate and self.gate.due(self.step):
-            self.evaluate()
+            self.drift.evaluated(self.evaluate())
         position = {
             "bundle": self.bundle.digest,
             "epoch": self.supply.epoch,
@@ -254,6 +265,7 @@ class Work:
             "request": dataclasses.asdict(self.budgeter.request),
             "corrected": self.budgeter.corrected,
             "certificate": self.refresher.certificate.to_plain(),
+            "drift": self.drift.to_plain(),
             "accuracy_before": self.accuracy_before,
             "accuracy": self.accuracy,
             "gate": self.gate.to_plain(),
