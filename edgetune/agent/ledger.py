@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from edgetune.agent.ledger_schema import (
     COLUMNS,
     STATUSES,
@@ -23,6 +25,7 @@ from edgetune.agent.ledger_schema import (
     version_of,
 )
 from edgetune.agent.storage import guard
+from edgetune.bundle import Array
 from edgetune.errors import StateError
 
 
@@ -305,16 +308,20 @@ class Ledger:
             StorageError: the disk refused; nothing was changed.
         """
         self._kept.clear()
-        wanted = set(samples)
-        there = {row[0] for row in self._db.execute("SELECT id FROM samples WHERE status = 'replayable'")}
-        added, gone = sorted(wanted - there), sorted(there - wanted)
-        if added or gone:
+        wanted, there = np.unique(np.fromiter(samples, np.int64)), self._replayable()
+        added, gone = np.setdiff1d(wanted, there, assume_unique=True), np.setdiff1d(there, wanted, assume_unique=True)
+        if len(added) or len(gone):
             change = "UPDATE samples SET status = ? WHERE id = ? AND status = ?"
             with self.transaction():
-                self._db.executemany(change, (("trained", sample, "replayable") for sample in gone))
-                self._db.executemany(change, (("replayable", sample, "trained") for sample in added))
-        now = {row[0] for row in self._db.execute("SELECT id FROM samples WHERE status = 'replayable'")}
-        return sorted(wanted - now)
+                self._db.executemany(change, (("trained", int(sample), "replayable") for sample in gone))
+                self._db.executemany(change, (("replayable", int(sample), "trained") for sample in added))
+            there = self._replayable()
+        others: list[int] = np.setdiff1d(wanted, there, assume_unique=True).tolist()
+        return others
+
+    def _replayable(self) -> Array:
+        rows = self._db.execute("SELECT id FROM samples WHERE status = 'replayable' ORDER BY id")
+        return np.fromiter((row[0] for row in rows), np.int64)
 
     def _forget_marks(self) -> None:
         self._visits.clear()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgetune.agent.replay.index import ENTRY, Entry, Index, digests_of, level_bytes
+from edgetune.agent.replay.index import ENTRY, Contents, Entry, Index, digests_of, level_bytes
 from edgetune.agent.replay.packing import pack, packed_bytes, unpack
 from edgetune.agent.replay.store import Store
 from edgetune.bundle import TensorSpec
@@ -76,7 +76,7 @@ def test_the_buffer_is_a_function_of_what_was_offered(
         taken, left = index.offer(entry)
         assert not (taken and refused_at_once)
         inside = (inside | ({entry.sample} if taken else set())) - {other.sample for other in left}
-        assert index.bytes <= index.capacity_bytes and inside == set(index.samples())
+        assert index.bytes <= index.capacity_bytes and inside == set(index.samples().tolist())
     assert inside == oracle([entry for entry in offered if entry.bytes <= most], capacity * 3072, balanced, seed)
     assert {d for d, _ in digests_of(index.array())} == {entry.digest for entry in index}
 
@@ -106,10 +106,10 @@ def test_every_sample_has_the_same_chance_and_every_draw_is_even() -> None:
         index = Index(20 * 4096, 4096, 0, seed)
         for entry in entries([(0, 1)] * 100):
             index.offer(entry)
-        kept.update(index.samples())
+        kept.update(index.samples().tolist())
         few = [entry.sample for entry, _ in zip(index.draw(7, ()), range(5), strict=False)]
         assert len(set(few)) == 5
-        drawn.update(index.samples().index(sample) for sample in few)
+        drawn.update(index.samples().tolist().index(sample) for sample in few)
     assert len(kept) == 100 and max(abs(count - 60) for count in kept.values()) < 4 * (300 * 0.2 * 0.8) ** 0.5
     assert len(drawn) == 20 and max(abs(count - 75) for count in drawn.values()) < 4 * (300 * 0.25 * 0.75) ** 0.5
 
@@ -129,9 +129,9 @@ def test_removed_samples_are_gone_and_another_capacity_is_obeyed() -> None:
     index = Index(50 * 4096, 4096, CLASSES, 3)
     for entry in entries([(n % 3, 1) for n in range(90)]):
         index.offer(entry)
-    some = index.samples()[:7]
+    some = index.samples().tolist()[:7]
     assert sorted(entry.sample for entry in index.remove(some)) == sorted(some)
-    assert not set(some) & set(index.samples()) and index.find(some[0]) is None
+    assert not set(some) & set(index.samples().tolist()) and index.find(some[0]) is None
     less = Index(20 * 4096, 4096, CLASSES, 3)
     left = less.load(index.to_plain(), index.array())
     assert less.bytes <= 20 * 4096 and len(left) + len(less) == len(index)
@@ -150,7 +150,7 @@ def test_an_index_grows_beyond_its_first_entries(monkeypatch: pytest.MonkeyPatch
     index = Index(100 * 4096, 4096, 0, 0)
     for entry in entries([(0, 1)] * 90):
         index.offer(entry)
-    assert sorted(index.samples()) == list(range(90))
+    assert sorted(index.samples().tolist()) == list(range(90))
 
 
 # ---- packing -------------------------------------------------------------------------------------------------------
@@ -216,15 +216,39 @@ def test_a_file_is_deleted_when_no_checkpoint_refers_to_it(tmp_path: Path) -> No
     assert store.read("c") == b"c"
 
 
+def contents(*letters: str) -> Contents:
+    index = Index(4096 * 9, 4096, 0, 0)
+    for number, letter in enumerate(letters):
+        index.offer(Entry(number, digest_of(letter), 0, 4096))
+    return index.contents()
+
+
+def digest_of(letter: str) -> str:
+    return hashlib.sha256(letter.encode()).hexdigest()
+
+
 def test_at_the_start_what_nobody_refers_to_is_deleted(tmp_path: Path) -> None:
     store = Store(tmp_path / "r", ".raw")
-    for digest in "abcd":
-        store.write(digest, b"x")
-    (store.directory / "e.raw.tmp").write_bytes(b"half")
+    for letter in "abcd":
+        store.write(digest_of(letter), b"x")
+    for stray in ("e.raw.tmp", f"{digest_of('a')}.f16", "noise", f"{digest_of('a')[:-2]}.raw"):
+        (store.directory / stray).write_bytes(b"half")
     again = Store(tmp_path / "r", ".raw")
-    assert again.begin({"a", "z"}, [("b.raw", 4096), ("y.raw", 4096)], 8) == {"z"}
-    assert names(again.directory) == {"a.raw", "b.raw"} and again.waiting_bytes == 4096
+    kept = contents("z", "a")
+    there = again.begin(kept, [(".f16", contents("c")), (".raw", contents("y", "a", "b"))], 8)
+    assert there.tolist() == [False, True]
+    assert names(again.directory) == {f"{digest_of(letter)}.raw" for letter in "ab"} and again.waiting_bytes == 4096
     again.tidy(8, lambda digest: False)
-    assert names(again.directory) == {"a.raw"}
+    assert names(again.directory) == {f"{digest_of('a')}.raw"}
     with pytest.raises(DataError, match="cannot be read"):
-        again.read("b")
+        again.read(digest_of("b"))
+
+
+def test_contents_whose_hashes_begin_alike_are_told_apart() -> None:
+    index = Index(4096 * 9, 4096, 0, 0)
+    alike = ["00" * 8 + f"{number:02d}" * 24 for number in range(5)]
+    for number, digest in enumerate(alike[:4]):
+        index.offer(Entry(number, digest, 0, 4096))
+    assert [index.contents().find(digest) for digest in alike] == [0, 1, 2, 3, None]
+    assert [index.holds(digest) for digest in alike] == [True] * 4 + [False]
+    assert index.contents().find("not a hash") is None

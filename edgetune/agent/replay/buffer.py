@@ -16,7 +16,7 @@ from edgetune.agent.checkpoint import Checkpoint
 from edgetune.agent.journal import Journal
 from edgetune.agent.ledger import Ledger, Sample
 from edgetune.agent.replay.config import ReplayConfig
-from edgetune.agent.replay.index import Entry, Index, digests_of
+from edgetune.agent.replay.index import Contents, Entry, Index, entries_of
 from edgetune.agent.replay.packing import pack, packed_bytes, unpack
 from edgetune.agent.replay.store import Store, disk_bytes
 from edgetune.agent.replay.trunk import trunk_digest
@@ -253,24 +253,19 @@ class Replay:
         self._index, self._now = self._new_index(), _Step()
         self.step = 0 if found is None else found.step
         known: Mapping[str, Any] = {} if found is None else found.position.get("replay") or {}
-        left: list[Entry] = []
-        unused: list[tuple[str, int]] = []
+        unused: list[tuple[str, Contents]] = []
+        for checkpoint in (*(() if found is None else (found,)), *others):
+            if PART in checkpoint.parts:
+                held = Contents(entries_of(checkpoint.parts[PART]))
+                unused.append((checkpoint.position["replay"]["suffix"], held))
         if found is not None and PART in found.parts:
-            array = found.parts[PART]
             if {name: known.get(name) for name in self._identity} == self._identity:
-                left = self._index.load(known, array)
+                self._index.load(known, found.parts[PART])
             else:
-                self._tell_dropped(known, len(array))
-                unused += [(digest + known["suffix"], size_bytes) for digest, size_bytes in digests_of(array)]
-        for other in others:
-            if PART in other.parts:
-                suffix = other.position["replay"]["suffix"]
-                unused += [(digest + suffix, size_bytes) for digest, size_bytes in digests_of(other.parts[PART])]
-        unused += [(entry.digest + self._suffix, entry.bytes) for entry in left]
-        missing = self._store.begin({entry.digest for entry in self._index}, dict(unused).items(), self.step)
-        gone = [entry.sample for entry in self._index if entry.digest in missing]
-        self._index.remove(gone)
-        if gone:
+                self._tell_dropped(known, len(unused[0][1]))
+        there = self._store.begin(self._index.contents(), unused, self.step)
+        if not there.all():
+            gone = self._index.remove(self._index.samples()[~there])
             text = f"{len(gone)} files of the replay buffer are missing; it goes on without them"
             self.journal.event("replay_lost", text, samples=len(gone))
         self._drop(self._index.remove(self.ledger.set_replayable(self._index.samples())))
@@ -306,7 +301,7 @@ class Replay:
 
     def _forget_lost(self) -> None:
         if self._now.lost:
-            self._drop(self._index.remove(self._now.lost))
+            self._drop(self._index.remove(list(self._now.lost)))
             self._now.lost = {}
 
     def _tell_dropped(self, known: Mapping[str, Any], count: int) -> None:

@@ -14,7 +14,7 @@ is refused at once if it would have been dropped, and no trace of the others is 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ import numpy as np
 from edgetune.bundle import Array
 from edgetune.errors import StateError
 
-ENTRY = np.dtype([("priority", "<u8"), ("sample", "<i8"), ("digest", "u1", (32,)), ("label", "<i4"), ("bytes", "<u4")])
+ENTRY = np.dtype([("priority", "<u8"), ("sample", "<i8"), ("digest", ">u8", (4,)), ("label", "<i4"), ("bytes", "<u4")])
 _NEVER = 2**64 - 1
 _FIRST_ENTRIES = 16_384
 
@@ -76,10 +76,13 @@ class Index:
         found = self._entries[row]
         return Entry(int(found["sample"]), found["digest"].tobytes().hex(), int(found["label"]), int(found["bytes"]))
 
-    def samples(self) -> list[int]:
-        """Return the ledger rows of all entries."""
-        rows: list[int] = self._entries["sample"][: self._count].tolist()
-        return rows
+    def samples(self) -> Array:
+        """Return the ledger rows of all entries, int64 [n]."""
+        return self._entries["sample"][: self._count].copy()
+
+    def contents(self) -> Contents:
+        """Return what finds the row of a content."""
+        return Contents(self._entries[: self._count])
 
     def find(self, sample: int) -> Entry | None:
         """Return the entry of the ledger row ``sample``."""
@@ -88,8 +91,8 @@ class Index:
 
     def holds(self, digest: str) -> bool:
         """Return whether a sample of this content is in."""
-        wanted = np.frombuffer(bytes.fromhex(digest), np.uint8)
-        return bool((self._entries["digest"][: self._count] == wanted).all(axis=1).any())
+        wanted, mine = _words(digest), self._entries["digest"][: self._count]
+        return any((mine[row] == wanted).all() for row in np.flatnonzero(mine[:, 0] == wanted[0]))
 
     def would_take(self, digest: str, label: int) -> bool:
         """Return False if :meth:`offer` would surely refuse the sample."""
@@ -111,9 +114,9 @@ class Index:
         taken = stored and priority < int(self._dropped[group])
         return taken, [other for other in left if other.sample != entry.sample]
 
-    def remove(self, samples: Collection[int]) -> list[Entry]:
+    def remove(self, samples: Sequence[int] | Array) -> list[Entry]:
         """Take samples out that cannot be used any more; return those that were in."""
-        rows = np.flatnonzero(np.isin(self._entries["sample"][: self._count], list(samples)))
+        rows = np.flatnonzero(np.isin(self._entries["sample"][: self._count], samples))
         return [self._pop(int(row)) for row in rows[::-1]]
 
     def draw(self, step: int, without: Collection[int]) -> Iterator[Entry]:
@@ -181,8 +184,7 @@ class Index:
         if self._count == len(self._entries):
             more = np.full(self._count // 4 + 1, np.zeros((), ENTRY), ENTRY)
             self._entries = np.concatenate([self._entries, more])
-        digest = np.frombuffer(bytes.fromhex(entry.digest), np.uint8)
-        self._entries[self._count] = (priority, entry.sample, digest, entry.label, entry.bytes)
+        self._entries[self._count] = (priority, entry.sample, _words(entry.digest), entry.label, entry.bytes)
         self._count += 1
         self._live_bytes[group] += entry.bytes
 
@@ -228,10 +230,49 @@ def entries_of(array: Array) -> Array:
     return np.ascontiguousarray(array).reshape(-1).view(ENTRY)
 
 
+class Contents:
+    """Finds entries by their content, in 16 bytes of memory for each."""
+
+    def __init__(self, entries: Array) -> None:
+        self._entries = entries
+        first = entries["digest"][:, 0].astype(np.uint64)
+        self._order = np.argsort(first, kind="stable")
+        self._first = first[self._order]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def find(self, digest: str) -> int | None:
+        """Return the row of the content with this SHA-256; None: it is not here, or that is none."""
+        try:
+            wanted = _words(digest)
+        except ValueError:
+            return None
+        begin, end = (int(np.searchsorted(self._first, np.uint64(wanted[0]), side)) for side in ("left", "right"))
+        rows = (int(row) for row in self._order[begin:end])
+        return next((row for row in rows if (self._entries["digest"][row] == wanted).all()), None)
+
+    def bytes(self, row: int) -> int:
+        """Return what the entry takes on the disk."""
+        return int(self._entries["bytes"][row])
+
+
 def digests_of(array: Array) -> Iterator[tuple[str, int]]:
     """Yield content and bytes of each entry in what :meth:`Index.array` returned."""
     for found in entries_of(array):
         yield found["digest"].tobytes().hex(), int(found["bytes"])
+
+
+def _words(digest: str) -> Array:
+    """Return a SHA-256 in hexadecimal as four numbers.
+
+    Raises:
+        ValueError: it is none.
+    """
+    content = bytes.fromhex(digest)
+    if len(content) != 32:
+        raise ValueError(f"a SHA-256 has 64 digits, not {len(digest)}")
+    return np.frombuffer(content, ">u8")
 
 
 def _hash(text: str) -> int:

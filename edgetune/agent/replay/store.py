@@ -8,11 +8,14 @@ next start. Knows names and bytes; nothing of samples.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
+
+from edgetune.agent.replay.index import Contents
 from edgetune.agent.storage import guard
-from edgetune.bundle import sync_directory
+from edgetune.bundle import Array, sync_directory
 from edgetune.errors import DataError
 
 BLOCK_BYTES = 4096
@@ -106,22 +109,28 @@ class Store:
                 (self.directory / name).unlink(missing_ok=True)
         self._waiting = [entry for entry in self._waiting if entry[0] > oldest_step]
 
-    def begin(self, kept: Collection[str], others: Iterable[tuple[str, int]], step: int) -> set[str]:
-        """Take up the directory as a checkpoint of ``step`` finds it; return the contents in ``kept`` that are missing.
+    def begin(self, kept: Contents, others: Sequence[tuple[str, Contents]], step: int) -> Array:
+        """Take up the directory as a checkpoint of ``step`` finds it; return, of each row in ``kept``, whether its file
+        is there, bool [n].
 
         Args:
-            kept: contents that the state refers to. others: full names (with bytes) that other kept checkpoints refer
-                to; everything else is deleted.
+            kept: contents that the state refers to. others: those that other kept checkpoints refer to, each with the
+                suffix of their files; everything else is deleted.
         """
         self._unsynced.clear()
         self._waiting.clear()
         self.waiting_bytes = 0
-        there = {entry.name for entry in os.scandir(self.directory)} if self.directory.is_dir() else set()
-        names = {digest + self.suffix for digest in kept}
-        for name, size_bytes in others:
-            if name in there and name not in names:
-                self._waiting.append((step, name, size_bytes))
+        there = np.zeros(len(kept), bool)
+        for entry in os.scandir(self.directory) if self.directory.is_dir() else ():
+            digest, dot, rest = entry.name.partition(".")
+            if dot + rest == self.suffix and (row := kept.find(digest)) is not None:
+                there[row] = True
+                continue
+            rows = ((found, found.find(digest)) for suffix, found in others if suffix == dot + rest)
+            size_bytes = next((found.bytes(row) for found, row in rows if row is not None), None)
+            if size_bytes is None:
+                Path(entry.path).unlink(missing_ok=True)
+            else:
+                self._waiting.append((step, entry.name, size_bytes))
                 self.waiting_bytes += size_bytes
-        for name in there - names - {entry[1] for entry in self._waiting}:
-            (self.directory / name).unlink(missing_ok=True)
-        return {digest for digest in kept if digest + self.suffix not in there}
+        return there
