@@ -9,9 +9,9 @@ whose supervisor then starts the next one; half hit the whole process group, and
 drawn evenly from the time in which an undisturbed worker starts and takes two checkpoints; a worker that follows two
 which got nowhere is spared until its first checkpoint (three such deaths in a row are meant to change the plan). Runs
 follow each other until there are enough kills; each one's final weights (SHA-256 over all tensors of its last
-checkpoint), ledger, losses and replay buffer (its index, and every file of it) are compared. Besides, ledger and log
-are held against each other and against the folder: no sample lost, none trained twice. The kills are shared evenly
-among the kinds of replay. Exit code 1 if anything differs.
+checkpoint), ledger, losses, replay buffer (its index, and every file of it) and promoted model are compared. Besides,
+ledger and log are held against each other and against the folder: no sample lost, none trained twice. The kills are
+shared evenly among the kinds of replay. Exit code 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from edgetune.agent import checkpoint
 from edgetune.agent.ledger import Ledger, Sample
 from edgetune.agent.replay.index import digests_of
 from edgetune.agent.supervisor import newest_step
-from edgetune.bundle import Array
+from edgetune.bundle import Array, sha256_of
 from edgetune.telemetry import runlog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,12 +52,14 @@ POLL_SECONDS = 0.005
 
 @dataclass
 class Result:
-    """What a finished run left behind. ``wrong``: where ledger, log and folder contradict each other."""
+    """What a finished run left behind. ``promoted``: the SHA-256 of the promoted model, empty if there is none.
+    ``wrong``: where ledger, log and folder contradict each other."""
 
     weights: str
     ledger: list[tuple[str, str, int | None, int, int]]
     losses: list[float]
     buffer: str = ""
+    promoted: str = ""
     wrong: list[str] = field(default_factory=list)
 
 
@@ -113,8 +115,10 @@ def result(state: Path, job: Job) -> Result:
     for digest in kept:
         (file,) = (state / "replay").glob(f"{digest}.*")
         buffer.update(file.read_bytes())
+    model = state / "promoted" / "model.onnx"
     return Result(
         _hash(found.tensors), rows, [float(record["loss"]) for record in steps], buffer.hexdigest(),
+        sha256_of(model) if model.exists() else "",
         contradictions(samples, steps, kept, sorted(p.relative_to(job.data).as_posix() for p in job.data.rglob("*.*"))),
     )  # fmt: skip
 
@@ -147,6 +151,7 @@ def differences(one: Result, other: Result) -> list[str]:
     """Return what is not the same in two results, and what is wrong in the first, in words."""
     found = {"weights": one.weights == other.weights, "ledger": one.ledger == other.ledger}
     found |= {"losses": one.losses == other.losses, "replay buffer": one.buffer == other.buffer}
+    found["promoted model"] = one.promoted == other.promoted
     return [what for what, same in found.items() if not same] + one.wrong
 
 

@@ -25,8 +25,8 @@ def test_a_difference_is_told() -> None:
     assert differences(one, one) == []
     assert differences(one, Result("abd", one.ledger, one.losses)) == ["weights"]
     assert differences(one, Result("abc", [("a.png", "trained", 3, 2, 0)], [0.5])) == ["ledger", "losses"]
-    assert differences(Result("abc", one.ledger, one.losses, "x", ["a sample lost"]), one) == [
-        "replay buffer", "a sample lost",
+    assert differences(Result("abc", one.ledger, one.losses, "x", "y", ["a sample lost"]), one) == [
+        "replay buffer", "promoted model", "a sample lost",
     ]  # fmt: skip
     told = table({WORKER: Tally(2, 50, 7, 96, 11, ["weights of run 2"])})
     assert told.splitlines()[-1] == "| worker | 50 | 7 | 2 | 96 | 11 | weights of run 2 |"
