@@ -45,6 +45,7 @@ class Journal:
         self.listener: Listener | None = None
         self.storage_failed = False
         self.standing: Standing | None = None
+        self._since = 0.0
         self._waiting: deque[dict[str, Any]] = deque(maxlen=_MOST_WAITING_LINES)
 
     def event(self, event: str, message: str = "", **fields: Any) -> None:
@@ -64,7 +65,7 @@ class Journal:
         """Note that the agent is in ``state`` now; a change is an event."""
         found = Standing(state, reason)
         if found != self.standing:
-            self.standing = found
+            self.standing, self._since = found, round(time.time(), 3)
             self.event("state", state=state.value, reason=reason)
 
     def alive(self) -> None:
@@ -76,8 +77,15 @@ class Journal:
         """Write what waits, as far as the disk lets it."""
         try:
             while self._waiting:
+                begun = self.log.begun
                 self.log.write(self._waiting[0])
                 self._waiting.popleft()
+                if self.log.begun != begun and self.standing is not None:
+                    # A state may last for longer than the log reaches back: a reader finds it at each file's beginning.
+                    self._waiting.appendleft({
+                        "event": "state", "time": round(time.time(), 3), "state": self.standing.state.value,
+                        "reason": self.standing.reason, "since": self._since, "continued": True,
+                    })  # fmt: skip
         except StorageError as error:
             self.storage_error(error)
 

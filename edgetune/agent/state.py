@@ -5,7 +5,7 @@
     ledger.sqlite            every sample and what became of it
     checkpoint-*.safetensors, calibration-*.safetensors
     replay/                  what the replay buffer keeps of trained samples
-    log.jsonl                the run log
+    log.jsonl, log.jsonl.*   the run log, and its files that are full
 
 Knows files; nothing of training.
 """

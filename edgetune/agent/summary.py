@@ -17,6 +17,11 @@ from edgetune.errors import StateError
 from edgetune.telemetry import runlog
 
 _ROUTINE = ("step", "evaluated", "checkpoint", "timeline", "state")
+_OF_STEPS = (
+    "step", "epoch", "samples", "loss", "epsilon", "energy", "predicted_peak_bytes", "measured_peak_bytes",
+    "budget_bytes", "effective_budget_bytes", "seconds",
+)  # fmt: skip
+"""What a report reads of a step: a log may hold tens of thousands, and a device has little memory."""
 _CONDITION = ("asked_bytes", "effective_budget_bytes", "available_bytes", "available_source", "least_bytes")
 
 
@@ -104,7 +109,7 @@ def report(path: Path) -> dict[str, Any]:
     """
     identity = read_identity(path)
     log = path / "log.jsonl"
-    steps = runlog.steps(log)
+    steps = runlog.steps(log, _OF_STEPS)
     events: dict[str, int] = {}
     evaluations, seconds = [], dict[str, float]()
     planned: dict[str, Any] = {}

@@ -211,20 +211,34 @@ def newest_step(state: str) -> int:
 
 def planned_bytes(state: str) -> int | None:
     """Return the predicted peak of the last plan in the run log, the one of the worker that died; None: no plan yet."""
-    try:
-        with open(os.path.join(state, "log.jsonl"), "rb") as stream:
-            stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
-            lines = stream.read().splitlines()
-    except OSError:
-        return None
-    for line in reversed(lines):
-        if b'"predicted_peak_bytes":' not in line:
-            continue
-        try:
-            return int(json.loads(line)["predicted_peak_bytes"])
-        except (ValueError, KeyError, TypeError):  # torn, or cut by where we began to read
-            continue
+    for name in ("log.jsonl", *full_logs(state)[::-1]):
+        for line in reversed(tail(os.path.join(state, name))):
+            if b'"predicted_peak_bytes":' not in line:
+                continue
+            try:
+                return int(json.loads(line)["predicted_peak_bytes"])
+            except (ValueError, KeyError, TypeError):  # torn, or cut by where we began to read
+                continue
     return None
+
+
+def full_logs(state: str) -> list[str]:
+    """Return the names of the run log's full files, the oldest first; see ``telemetry/runlog.py``."""
+    try:
+        ends = [name.removeprefix("log.jsonl.") for name in os.listdir(state) if name.startswith("log.jsonl.")]
+    except OSError:
+        return []
+    return [f"log.jsonl.{number}" for number in sorted(int(end) for end in ends if end.isdigit())]
+
+
+def tail(path: str) -> list[bytes]:
+    """Return the last lines of a file."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - TAIL_BYTES))
+            return stream.read().splitlines()
+    except OSError:
+        return []
 
 
 def oom_kills(root: str) -> int | None:
