@@ -20,9 +20,10 @@ from edgetune.agent.ledger import Ledger, Sample
 from edgetune.agent.loop import run_agent
 from edgetune.agent.replay.config import ReplayConfig
 from edgetune.agent.replay.index import digests_of
+from edgetune.agent.replay.store import Store
 from edgetune.agent.view import QuietView
 from edgetune.bundle import Bundle
-from edgetune.errors import UsageError
+from edgetune.errors import StorageError, UsageError
 from edgetune.telemetry import runlog
 from tests.agent.fakes import FakeSession, Workshop, make_bundle, make_folder, make_image
 
@@ -249,6 +250,28 @@ def test_a_step_that_is_not_finite_leaves_the_buffer_as_the_checkpoint_has_it(pl
     assert 1 <= len(bad) <= 4 and any(row.path == "cat/poison.png" for row in bad)
     assert all(row.passes in (0, 1) for row in bad) and not any(row.replays for row in bad if row.passes == 0)
     assert {row.sha256 for row in known if row.status == "replayable"} == buffer(tmp_path / "state")
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_what_the_disk_refuses_is_left_out_of_the_buffer(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    write, calls = Store.write, [0]
+
+    def refusing(store: Store, digest: str, content: bytes) -> None:
+        calls[0] += 1
+        if 3 <= calls[0] <= 6:
+            raise StorageError("no space left")
+        write(store, digest, content)
+
+    monkeypatch.setattr(Store, "write", refusing)
+    run(place, str(tmp_path / "state"), kind)
+    said = capsys.readouterr().err
+    assert "no space left" in said and "works again" in said
+    known = rows(tmp_path / "state")
+    assert Counter(row.passes for row in known if row.status in ("trained", "replayable")) == {2: 30}
+    assert {row.sha256 for row in known if row.status == "replayable"} == buffer(tmp_path / "state")
+    assert len(buffer(tmp_path / "state")) == {"raw": 26, "features": 24}[kind]
 
 
 def test_a_limit_too_small_for_the_features_is_refused(place: Path, tmp_path: Path) -> None:
