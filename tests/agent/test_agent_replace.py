@@ -117,3 +117,17 @@ def test_other_samples_are_refused_and_so_is_a_directory_in_use(place: Path, tmp
     run_with_the_old = {"digest": known["bundle"], "model": "fake", "batch": None, "seed": None}
     with pytest.raises(StateError, match="--replace-bundle"):
         StateDirectory(state, **run_with_the_old)
+
+
+def test_the_command_replaces_before_it_runs(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from edgetune.commands import app
+
+    state = tmp_path / "state"
+    shutil.copytree(place / "before", state)
+    seen = []
+    monkeypatch.setattr("edgetune.agent.loop.run_agent", lambda bundle, config: seen.append(bundle.digest))
+    words = ["run", str(place / "bundle"), "--data", str(place / "data"), "--state", str(state), "--no-supervise"]
+    assert CliRunner().invoke(app, [*words, "--replace-bundle"]).exit_code == 0
+    assert seen == [json.loads((state / "state.json").read_text())["bundle"]] == [Bundle.open(place / "bundle").digest]
