@@ -8,12 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from edgetune.agent.images import Decoder
-from edgetune.agent.sources import Found, IntakeConfig, Source, open_source
+from edgetune.agent.sources import Found, Source, open_source
 from edgetune.bundle import Array, Manifest
 from edgetune.errors import DataError
 
@@ -26,8 +25,7 @@ def labelled_batches(manifest: Manifest, data: str | Path, batch: int, count: in
     """
     decoder = Decoder(manifest)
     with ExitStack() as stack:
-        scratch = Path(stack.enter_context(TemporaryDirectory(prefix="edgetune-")))
-        source = open_source(data, manifest.classes, decoder.suffixes, IntakeConfig(), scratch)
+        source = open_source(data, manifest.classes, decoder.suffixes)
         stack.callback(source.close)
         yield from _spread(decoder, source, batch, count)
 

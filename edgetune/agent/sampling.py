@@ -18,6 +18,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from edgetune.agent.feeder import Feeder
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Sample
 from edgetune.agent.samples import entries
-from edgetune.agent.sources import Found, IntakeConfig, Source, open_source
+from edgetune.agent.sources import Found, Source, open_source
 from edgetune.agent.timeline import PhasePeaks
 from edgetune.bundle import Bundle
 from edgetune.engines.session import TrainingSession
@@ -113,42 +114,42 @@ def sample_step(bundle: Bundle, plan: Plan, data: str | Path, engine: str = "aut
     return SampledStep(tuple(found["seconds"]), tuple(found["resident_bytes"]), found["ends"], found["peak_bytes"])
 
 
-def _step(bundle: Bundle, plan: Plan, data: str | Path, engine: str, scratch: Path) -> SampledStep:
+def _step(bundle: Bundle, plan: Plan, data: str | Path, engine: str) -> SampledStep:
     """Do what :func:`sample_step` says, here."""
     manifest = bundle.manifest
     load_agent(manifest)
     decoder = Decoder(manifest)
-    source = open_source(data, manifest.classes, decoder.suffixes, IntakeConfig(), scratch)
-    feeder, found = Feeder(source, decoder), entries(source, plan.batch)
-    session = TrainingSession(bundle, plan, engine=engine)
-    meter, ends = PeakMeter(), dict[str, float]()
-    peaks = PhasePeaks(meter)
+    with closing(open_source(data, manifest.classes, decoder.suffixes)) as source:
+        feeder, found = Feeder(source, decoder), entries(source, plan.batch)
+        session = TrainingSession(bundle, plan, engine=engine)
+        meter, ends = PeakMeter(), dict[str, float]()
+        peaks = PhasePeaks(meter)
 
-    def ended(phase: str) -> None:
-        peaks.ended(phase)
-        ends[phase] = time.perf_counter()
+        def ended(phase: str) -> None:
+            peaks.ended(phase)
+            ends[phase] = time.perf_counter()
 
-    session.phase_ended = ended
-    for last in (False, True):
-        rows = _rows(source, found)
-        release_memory()
-        peaks.begin()
-        with Sampler() as sampler:
-            begin = time.perf_counter()
-            fed = feeder.feed(lambda rows=rows: next(rows, None), plan.batch, session, plan.micro_batch)  # type: ignore[misc]
-            if len(fed.samples) < plan.batch:
-                raise DataError(f"'{data}' holds {len(fed.samples)} readable samples; a batch has {plan.batch}")
-            ended("trunk")
-            features, fed.features = list(fed.features), ()
-            session.step_features(features, fed.labels)
-        if last:
-            break
-    return SampledStep(
-        tuple(at - begin for at, _ in sampler.samples),
-        tuple(size for _, size in sampler.samples),
-        {phase: at - begin for phase, at in sorted(ends.items(), key=lambda one: one[1])},
-        dict(peaks.measured_bytes),
-    )
+        session.phase_ended = ended
+        for last in (False, True):
+            rows = _rows(source, found)
+            release_memory()
+            peaks.begin()
+            with Sampler() as sampler:
+                begin = time.perf_counter()
+                fed = feeder.feed(lambda rows=rows: next(rows, None), plan.batch, session, plan.micro_batch)  # type: ignore[misc]
+                if len(fed.samples) < plan.batch:
+                    raise DataError(f"'{data}' holds {len(fed.samples)} readable samples; a batch has {plan.batch}")
+                ended("trunk")
+                features, fed.features = list(fed.features), ()
+                session.step_features(features, fed.labels)
+            if last:
+                break
+        return SampledStep(
+            tuple(at - begin for at, _ in sampler.samples),
+            tuple(size for _, size in sampler.samples),
+            {phase: at - begin for phase, at in sorted(ends.items(), key=lambda one: one[1])},
+            dict(peaks.measured_bytes),
+        )
 
 
 def _rows(source: Source, found: Iterable[Found]) -> Iterator[Sample]:
@@ -166,6 +167,5 @@ if __name__ == "__main__":
     asked = Plan.from_json(Path(plan_path).read_text("utf-8"))
     if known_path:
         asked = dataclasses.replace(asked, calibration=Calibration.load(known_path))
-    with tempfile.TemporaryDirectory(prefix="edgetune-") as room:
-        step = _step(Bundle.open(bundle_path, verify=False), asked, data_path, which, Path(room))
+    step = _step(Bundle.open(bundle_path, verify=False), asked, data_path, which)
     sys.stdout.write(json.dumps(dataclasses.asdict(step)) + "\n")

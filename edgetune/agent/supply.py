@@ -245,7 +245,7 @@ class Supply:
         except DataError as error:
             if self.config.once:
                 raise
-            self.journal.event("source_failed", str(error), reason=str(error))
+            self.journal.event("source_failed", f"{error}; it is opened again", reason=str(error))
             self.rebuild()
             return
         except StorageError as error:

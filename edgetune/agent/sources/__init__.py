@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -38,19 +39,22 @@ def open_source(
     spec: str | Path,
     classes: Sequence[str],
     suffixes: Collection[str],
-    config: IntakeConfig,
-    scratch: Path,
+    config: IntakeConfig | None = None,
+    scratch: Path | None = None,
 ) -> Source:
     """Return the source that ``spec`` names.
 
     Args:
         classes: names of the classes, in the order of the model's outputs.
         suffixes: lower-case file name endings that can be samples.
-        scratch: folder for what must be kept on disk meanwhile; nothing is made there before it is needed.
+        config: None = the defaults.
+        scratch: folder for what must be kept on disk meanwhile; nothing is made there before it is needed. None = one
+            of the system's, removed with the source.
 
     Raises:
         DataError: there is no such source.
     """
+    config = IntakeConfig() if config is None else config
     path = Path(spec)
     if path.is_dir():
         return FolderSource(path, classes, suffixes)
@@ -62,7 +66,10 @@ def open_source(
         return TarArchive(file, classes, {*suffixes, _NPY})
 
     def stream(name: str, begin: Begin) -> Source:
-        return StreamSource(str(spec), name, classes, begin, scratch / SPOOL, config)
+        room = tempfile.TemporaryDirectory(prefix="edgetune-") if scratch is None else None
+        folder = Path(room.name) if room is not None else scratch
+        assert folder is not None
+        return StreamSource(str(spec), name, classes, begin, folder / SPOOL, config, room)
 
     if str(spec).startswith(PREFIX):
         device = str(spec).removeprefix(PREFIX)

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -37,6 +38,7 @@ class StreamSource:
 
     Args:
         name: what its entries are called, before the #. folder: of the spool, made when it is first needed.
+        room: a folder around it that goes with the source.
     """
 
     growing = False
@@ -49,9 +51,10 @@ class StreamSource:
         begin: Begin,
         folder: Path,
         config: IntakeConfig,
+        room: TemporaryDirectory[str] | None = None,
     ) -> None:
         self.spec, self.name, self.classes = spec, name, tuple(classes)
-        self._begin, self._folder, self._config = begin, folder, config
+        self._begin, self._folder, self._config, self._room = begin, folder, config, room
         self._changed = threading.Condition()
         self._closing = False
         self._thread: threading.Thread | None = None
@@ -157,6 +160,8 @@ class StreamSource:
                 self._save_position(at_once=True)
             except StorageError:  # a few samples more will be recognised by their content
                 pass
+        if self._room is not None:
+            self._room.cleanup()
 
     # ---- the thread ----------------------------------------------------------------------------------------------
     def _start(self) -> None:
@@ -189,7 +194,7 @@ class StreamSource:
                 what = f"{self.spec} failed after {self._number} samples ({type(error).__name__}: {error})"
             start = max(start, self._number)
             pause_seconds = _LEAST_RETRY_SECONDS if start > before else 2 * pause_seconds
-            self._tell(DataError(f"{what}; it is opened again"))
+            self._tell(DataError(what))
             self._sleep(min(pause_seconds, _MOST_RETRY_SECONDS))
 
     def _take(self, item: Any) -> bool:
