@@ -21,7 +21,7 @@ def run(
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option("--data", help="The samples: a folder, .npz, .tar, 'shards/*.tar' (docs/sources.md)."),
+        typer.Option("--data", help="The samples: a folder, .npz, .tar, module:function, camera:0 (docs/sources.md)."),
     ] = None,
     state: Annotated[Path | None, typer.Option("--state", help="The agent's own directory; made, or resumed.")] = None,
     config: Annotated[
