@@ -46,6 +46,23 @@ def entries(source: Source, count: int) -> list[Found]:
         waiter.wait(1.0, lambda: False)
 
 
+def every(source: Source) -> Iterator[Found]:
+    """Yield all entries of a source once; of a stream until it ends, each to be read before the next is asked for.
+
+    Raises:
+        DataError: the source failed. StorageError: there is no room for a stream's samples.
+    """
+    waiter = source.waiter(1.0)
+    while True:
+        for found in source.scan():
+            yield found
+            source.recorded([found.path], finished=True)
+        source.check()
+        if source.growing or source.ended():
+            return
+        waiter.wait(1.0, lambda: False)
+
+
 def _spread(decoder: Decoder, source: Source, batch: int, count: int) -> Iterator[tuple[Array, Array]]:
     found = entries(source, batch * count)
     # Evenly spread, so that a folder sorted by class gives every class.

@@ -28,7 +28,7 @@ from edgetune.agent.images import Decoder
 from edgetune.agent.intake import Intake, Taken
 from edgetune.agent.ledger import Ledger
 from edgetune.agent.loop import run_agent
-from edgetune.agent.samples import labelled_batches
+from edgetune.agent.samples import every, labelled_batches
 from edgetune.agent.sources import IntakeConfig, Source, open_source
 from edgetune.agent.sources.camera import pictures
 from edgetune.agent.sources.spool import Spool
@@ -488,6 +488,16 @@ def test_plans_are_measured_on_a_stream_and_on_archives(workshop: Path, tmp_path
     np.savez(tmp_path / "x.npz", x=np.stack([picture(n)[0] for n in range(9)]), y=np.arange(9) % 3)
     assert len(list(labelled_batches(make_manifest(), tmp_path / "x.npz", 4, 9))) == 2
     assert threading.active_count() == before
+
+
+def test_every_sample_of_a_stream_can_be_had_once_in_little_room(workshop: Path, tmp_path: Path) -> None:
+    source = open_source(f"{workshop}/feed.py:again", CLASSES, {".png"}, IntakeConfig(max_pending=7), tmp_path)
+    found = []
+    for entry in every(source):
+        found.append((entry.label, len(source.read(entry.path))))
+        assert len(os.listdir(tmp_path / "spool")) <= 10
+    assert [label for label, _ in found] == [number % 3 for number in range(60)]
+    source.close()
 
 
 # ---- entry points --------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from edgetune.agent.gate.manual import base_of, opened, with_checkpoint
 from edgetune.agent.gate.versions import Versions
 from edgetune.agent.images import Decoder
 from edgetune.agent.ledger import Ledger
+from edgetune.agent.samples import every
 from edgetune.agent.sources import open_source
-from edgetune.agent.sources.config import IntakeConfig
 from edgetune.bundle import PreprocessSpec
 from edgetune.engines.serving import ServedModel
 from edgetune.errors import DataError, StateError, UsageError, choices
@@ -72,11 +72,10 @@ def score(
     if candidate and version is not None:
         raise UsageError("a candidate has no version yet; give --version or --candidate, not both")
     versions = opened(state)
-    with _model(versions, state, version, candidate) as (name, path), tempfile.TemporaryDirectory() as scratch:
+    with _model(versions, state, version, candidate) as (name, path):
         said = onnxfile.open_model(path)
         classes, served = onnxfile.classes_of(said), ServedModel(path)
         decoder = Decoder.of(served.shape, _preprocess(said))
-        source = open_source(data, classes, decoder.suffixes, IntakeConfig(), Path(scratch))
         right, of = Counter[int](), Counter[int]()
         statuses, skipped = Counter[str](), Counter[str]()
         x, labels = np.empty((_BATCH, *served.shape), np.float32), list[int]()
@@ -87,8 +86,8 @@ def score(
                 right[label] += int(verdict == label)
             labels.clear()
 
-        with _ledger(state) as ledger:
-            for entry in source.scan():
+        with _ledger(state) as ledger, closing(open_source(data, classes, decoder.suffixes)) as source:
+            for entry in every(source):
                 try:
                     if entry.problem is not None or entry.label is None:
                         raise DataError(entry.problem or "no label")
