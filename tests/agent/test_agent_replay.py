@@ -171,7 +171,7 @@ def test_killed_at_its_writes_and_resumed_it_ends_as_if_undisturbed(place: Path,
             break
         assert code == -signal.SIGKILL, output
         deaths += 1
-        number += dice.randint(11, 31)
+        number += dice.randint(25, 45)
     assert deaths >= 3
     assert_same_end(place / kind, place / name)
 
