@@ -41,7 +41,8 @@ class Rest:
         """Look at what arrived, if it is time; return whether training is to go on."""
         work = self.work
         backlog = len(work.supply.pool)
-        if backlog > work.config.drift.quiet_backlog * work.batch:
+        # A stream is read no further while too much waits, and what is not read says nothing of the world.
+        if work.supply.stalled or backlog > work.config.drift.quiet_backlog * work.batch:
             text = f"{backlog} samples wait: training goes on"
             work.journal.event("quiet_ended", text, step=work.step, samples=backlog, reason="backlog")
             work.drift.wake()

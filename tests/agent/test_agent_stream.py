@@ -24,6 +24,7 @@ from PIL import Image
 
 from edgetune.agent import checkpoint
 from edgetune.agent.config import AgentConfig
+from edgetune.agent.drift.config import DriftConfig
 from edgetune.agent.images import Decoder
 from edgetune.agent.intake import Intake, Taken
 from edgetune.agent.ledger import Ledger
@@ -464,6 +465,16 @@ def test_a_full_spool_does_not_end_in_a_standstill(workshop: Path) -> None:
     assert len(steps) == 12
     assert any(record["event"] == "source_full" for record in runlog.read(workshop / "full" / "log.jsonl"))
     assert 5 < sum(row[3] == "heldout" for row in rows) < 14 and any(row[3] == "quarantined" for row in rows)
+
+
+def test_a_run_that_rests_goes_on_when_its_stream_is_full(workshop: Path) -> None:
+    """A stream that is not read any more would never show that the world has changed."""
+    _, steps = run(
+        workshop, "resting", "endless", once=False, max_steps=24, rescan_seconds=0.05, pause_seconds=0.02,
+        intake=IntakeConfig(max_pending=12), drift=DriftConfig(quiet_after=1),
+    )  # fmt: skip
+    events = [record["event"] for record in runlog.read(workshop / "resting" / "log.jsonl")]
+    assert len(steps) == 24 and "quiet" in events and "quiet_ended" in events
 
 
 def test_a_stream_that_ends_ends_a_run_that_watches(workshop: Path) -> None:
