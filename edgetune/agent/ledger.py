@@ -114,9 +114,13 @@ class Ledger:
         """Return the first accepted (not quarantined) row with this content."""
         return self._one("WHERE sha256 = ? AND status != 'quarantined' ORDER BY id LIMIT 1", sha256)
 
+    def find(self, sample: int) -> Sample | None:
+        """Return the row ``sample``; None: it was forgotten."""
+        return self._one("WHERE id = ?", sample)
+
     def get(self, sample: int) -> Sample:
-        """Return the row ``sample``."""
-        row = self._one("WHERE id = ?", sample)
+        """Return the row ``sample``, which is there."""
+        row = self.find(sample)
         if row is None:
             raise StateError(f"the ledger {self.path} has no sample {sample}: it was changed by another program")
         return row

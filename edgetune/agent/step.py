@@ -151,17 +151,20 @@ def _recover(work: Work, fed: Fed, passes: dict[int, int], what: str) -> None:
     taken out of use, because the same steps would come to the same end.
     """
     reason = f"the {what} was not finite at step {work.step + 1}"
-    new = [sample for sample in fed.samples if not sample.replayed]  # the others were trained before, and well
-    bad = culprits(work, new) if work.session.whole else []
+    new = [sample for sample in fed.samples if not sample.replayed]
+    bad = culprits(work, fed.samples) if work.session.whole else []
     if bad and len(bad) < len(fed.samples):
         work.session.discard()
+        # First what is trained, else a run that is killed here goes on from where they were not yet out of use.
+        if work.step != work.keeper.saved_step:
+            work.save(evaluate=False)
         work.supply.quarantine(((sample, reason) for sample in bad), work.step + 1)
         work.supply.give_back((sample for sample in new if sample not in bad), passes)
         text = f"{reason}: nothing was applied; {len(bad)} of {len(fed.samples)} samples broke it, the others stay"
         work.journal.event("not_finite", text, step=work.step, culprits=len(bad), samples=len(fed.samples))
         return
     go_back(work)
-    bad = culprits(work, new) or new
+    bad = culprits(work, fed.samples) or new  # those that are replayed were trained before, and well
     work.supply.quarantine(((sample, reason) for sample in bad), work.step + 1)
     work.supply.rebuild()
     text = f"{reason}: back to step {work.step}, without {len(bad)} of {len(fed.samples)} samples"

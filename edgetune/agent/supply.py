@@ -283,6 +283,7 @@ class Supply:
                 self.ledger.quarantine([sample.id], reason, step)
             except StorageError as error:
                 self.journal.storage_error(error)
+            self.replay.quarantined(sample.id, step)
             self._report([(sample.path, reason)])
 
     def no_data(self) -> DataError | StorageError:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from edgetune.agent import checkpoint
 from edgetune.agent.config import AgentConfig
@@ -25,7 +26,7 @@ from edgetune.agent.view import QuietView
 from edgetune.bundle import Bundle
 from edgetune.errors import StorageError, UsageError
 from edgetune.telemetry import runlog
-from tests.agent.fakes import FakeSession, Workshop, make_bundle, make_folder, make_image
+from tests.agent.fakes import POISON, FakeSession, Workshop, make_bundle, make_folder, make_image
 
 SCRIPT = Path(__file__).with_name("run_fake.py")
 LIMITS = {"raw": 80 * 4096, "features": 40 * 4096}
@@ -152,8 +153,8 @@ def test_raw_replay_does_not_need_the_user_s_files(tmp_path: Path, place: Path) 
 
 
 # ---- kill -9 -------------------------------------------------------------------------------------------------------
-def start(root: Path, name: str, kind: str, **told: Any) -> tuple[int, str]:
-    settings = config(root, name, kind)
+def start(root: Path, name: str, kind: str, *, every: int = 3, **told: Any) -> tuple[int, str]:
+    settings = config(root, name, kind, checkpoint_every=every)
     settings["replay"] = vars(settings["replay"])
     message = {"bundle": str(root / "bundle"), "config": settings, **told}
     done = subprocess.run(
@@ -174,6 +175,25 @@ def test_killed_at_its_writes_and_resumed_it_ends_as_if_undisturbed(place: Path,
         number += dice.randint(25, 45)
     assert deaths >= 3
     assert_same_end(place / kind, place / name)
+
+
+def test_a_sample_that_breaks_a_step_later_leaves_the_buffer_and_a_killed_run_ends_the_same(
+    place: Path, tmp_path: Path
+) -> None:
+    """It was replayed until then. A run that goes on from before draws it as often, though the ledger knows by then."""
+    kind = "features"
+    shutil.copytree(place / "bundle", tmp_path / "bundle")
+    make_folder(tmp_path / "data", 9)
+    Image.new("RGB", (12, 12), POISON).save(tmp_path / "data" / "cat" / "000.png")
+    told = {"every": 1000, "poison_after": 9}  # so that a killed run begins again well before the step that broke
+    assert start(tmp_path, "whole", kind, **told)[0] == 0
+    (bad,) = (row for row in rows(tmp_path / "whole") if row.status == "quarantined")
+    assert (bad.path, bad.passes) == ("cat/000.png", 1) and bad.sha256 not in buffer(tmp_path / "whole")
+    number, deaths = 25, 0
+    while (code := start(tmp_path, "killed", kind, **told, kill_at_sync=number)[0]) == -signal.SIGKILL:
+        deaths, number = deaths + 1, number + 12
+    assert code == 0 and deaths >= 2
+    assert_same_end(tmp_path / "whole", tmp_path / "killed")
 
 
 # ---- damage and change ---------------------------------------------------------------------------------------------
@@ -239,10 +259,6 @@ def test_another_kind_begins_anew(place: Path, tmp_path: Path, kind: str, other:
 def test_a_step_that_is_not_finite_leaves_the_buffer_as_the_checkpoint_has_it(place: Path, tmp_path: Path) -> None:
     for name in ("bundle", "data"):
         shutil.copytree(place / name, tmp_path / name)
-    from PIL import Image
-
-    from tests.agent.fakes import POISON
-
     Image.new("RGB", (12, 12), POISON).save(tmp_path / "data" / "cat" / "poison.png")
     run(tmp_path, "state", "raw", holdout=0)
     known = rows(tmp_path / "state")

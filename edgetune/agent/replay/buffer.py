@@ -89,6 +89,7 @@ class Replay:
         self._store = Store(state / DIRECTORY, suffix)
         self._index = self._new_index()
         self._now = _Step()
+        self._leaving: dict[int, int] = {}  # sample -> the step before which it leaves
         self._told_large = False
 
     def __len__(self) -> int:
@@ -133,11 +134,22 @@ class Replay:
         return len(self._now.lost)
 
     def begin_step(self) -> None:
-        """Forget what a step that came to nothing has written."""
-        for sample, _ in self._now.written.items():
+        """Forget what a step that came to nothing has written, and let go of what was quarantined."""
+        for sample in self._now.written:
             self._store.drop(self.ledger.get(sample).sha256, 0, self.step)
-        self._forget_lost()
+        gone = [sample for sample, step in self._leaving.items() if step <= self.step + 1]
+        self._drop(self._index.remove([*gone, *self._now.lost]), self.step + 1)
+        for sample in gone:
+            del self._leaving[sample]
         self._now = _Step()
+
+    def quarantined(self, sample: int, step: int | None) -> None:
+        """Note that a sample is out of use from ``step`` on (None: the next one).
+
+        Until then it stays: a run that goes on from an earlier checkpoint has to draw what was drawn.
+        """
+        if self.kind != NONE and self._index.find(sample) is not None:
+            self._leaving[sample] = self.step + 1 if step is None else step
 
     def read(self, sample: Sample) -> bytes:
         """Return the file of a raw sample, whatever has become of it in the source.
@@ -206,7 +218,6 @@ class Replay:
         if self.kind == NONE:
             return
         self.ledger.mark_replayed((sample.id for sample in replayed), step)
-        self._forget_lost()
         for sample in first:
             size_bytes = self._now.written.pop(sample.id, None)
             known_bytes = disk_bytes(self._file_bytes(sample) if size_bytes is None else size_bytes)
@@ -217,7 +228,8 @@ class Replay:
                 self.ledger.mark_kept(sample.id, True)
             elif size_bytes is not None:
                 self._store.drop(sample.sha256, 0, step)
-            self._drop(left)
+            self._drop(left, step)
+        self._drop(self._index.remove(list(self._now.lost)), step)
         self.begin_step()
 
     # ---- a checkpoint --------------------------------------------------------------------------------------------
@@ -268,7 +280,13 @@ class Replay:
             gone = self._index.remove(self._index.samples()[~there])
             text = f"{len(gone)} files of the replay buffer are missing; it goes on without them"
             self.journal.event("replay_lost", text, samples=len(gone))
-        self._drop(self._index.remove(self.ledger.set_replayable(self._index.samples())))
+        self._leaving = {}
+        for sample in self.ledger.set_replayable(self._index.samples()):
+            row = self.ledger.find(sample)
+            if row is None:  # forgotten since, by a checkpoint that is lost
+                self._drop(self._index.remove([sample]), self.step + 1)
+            else:
+                self.quarantined(sample, row.step)
 
     # ---- within --------------------------------------------------------------------------------------------------
     def _new_index(self) -> Index:
@@ -294,15 +312,11 @@ class Replay:
             and (self.taken_bytes + size_bytes <= self.config.limit_bytes)
         )
 
-    def _drop(self, entries: Iterable[Entry]) -> None:
+    def _drop(self, entries: Iterable[Entry], step: int) -> None:
+        """Let go of the files of what left the index before the checkpoint of ``step``."""
         for entry in entries:
-            self._store.drop(entry.digest, entry.bytes, self.step)
+            self._store.drop(entry.digest, entry.bytes, step)
             self.ledger.mark_kept(entry.sample, False)
-
-    def _forget_lost(self) -> None:
-        if self._now.lost:
-            self._drop(self._index.remove(list(self._now.lost)))
-            self._now.lost = {}
 
     def _tell_dropped(self, known: Mapping[str, Any], count: int) -> None:
         changed = [name for name, value in self._identity.items() if known.get(name) != value]
