@@ -141,12 +141,12 @@ def glyphs(
     stream, test = _draw(rng, seen, counts[1]), _draw(rng, held, counts[2])
 
     def drifted(pairs: Array) -> Array:
-        return _seen_badly(_render(rng, after, pairs, side), rng)
+        return _seen_badly(rendered(rng, after, pairs, side), rng)
 
     return Task(
         "glyphs",
         len(CHARACTERS),
-        (_render(rng, before, clean, side), clean[:, 1]),
+        (rendered(rng, before, clean, side), clean[:, 1]),
         (drifted(stream), stream[:, 1]),
         (drifted(test), test[:, 1]),
         (_outline(stream), _outline(test)),
@@ -178,15 +178,21 @@ def _outline(pairs: Array) -> Array:
     return numbers
 
 
-def _render(rng: np.random.Generator, fonts: Sequence[Font], pairs: Array, side: int) -> Array:
-    """Return white characters on black [n, side, side], not quite upright, not quite in the middle."""
+def rendered(
+    rng: np.random.Generator, fonts: Sequence[Font], pairs: Array, side: int, characters: Sequence[str] = CHARACTERS
+) -> Array:
+    """Return white characters on black [n, side, side], not quite upright, not quite in the middle.
+
+    Args:
+        pairs: of font and character, by their numbers [n, 2].
+    """
     images = np.empty((len(pairs), side, side), np.uint8)
     for image, (font, character) in zip(images, pairs, strict=True):
         size = int(side * rng.uniform(0.6, 0.8))
         middle = side / 2 + rng.uniform(-side / 20, side / 20, 2)
         drawn = Image.new("L", (side, side), 0)
         ImageDraw.Draw(drawn).text(
-            (float(middle[0]), float(middle[1])), CHARACTERS[character], 255, fonts[font].at(size), anchor="mm"
+            (float(middle[0]), float(middle[1])), characters[character], 255, fonts[font].at(size), anchor="mm"
         )
         image[:] = np.asarray(drawn.rotate(float(rng.uniform(-8, 8)), Image.Resampling.BILINEAR))
     return images

@@ -347,8 +347,8 @@ def facts(state: Path) -> tuple[Any, ...]:
 def test_a_crash_at_any_point_changes_nothing(
     tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch, owner: type, name: str, after: bool
 ) -> None:
-    make_folder(tmp_path / "data", 10)
-    learning: dict[str, Any] = {"hyper": {"learning_rate": 0.01}}
+    make_folder(tmp_path / "data", 5)
+    learning: dict[str, Any] = {"hyper": {"learning_rate": 0.01}, "checkpoint_every": 1}
     run(tmp_path, bundle, state="undisturbed", **learning)
     expected = facts(tmp_path / "undisturbed")
     real = getattr(owner, name)

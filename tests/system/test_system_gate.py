@@ -25,9 +25,9 @@ from tests.system.device import final_state, make_images, run
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder with data/ and the state/ of a run that is over."""
     root = tmp_path_factory.mktemp("gate")
-    make_images(root / "data", bundle_of("hosvd"), 96)
+    make_images(root / "data", bundle_of("hosvd"), 48)
     gate = {"least_heldout": 4, "tolerance": 1.0, "class_tolerance": 1.0}
-    told = run(bundle_of("hosvd"), root / "data", root / "state", checkpoint_every=4, epochs=2, gate=gate)
+    told = run(bundle_of("hosvd"), root / "data", root / "state", checkpoint_every=1, gate=gate)
     assert told["error"] is None and not told["host_libraries"]
     return root
 
@@ -61,13 +61,13 @@ def test_eval_scores_each_class(finished: Path) -> None:
         x = np.stack([decoder.decode(path.read_bytes()) for path in files])
         label = bundle_of("hosvd").manifest.classes.index(name)
         assert (right, of) == (int((served.predict(x).argmax(1) == label).sum()), len(files))
-    assert told["samples"] == 96 == sum(told["statuses"].values()) and set(told["statuses"]) == {"trained", "heldout"}
+    assert told["samples"] == 48 == sum(told["statuses"].values()) and set(told["statuses"]) == {"trained", "heldout"}
     heldout = json.loads(command("eval", state, "--data", data, "--heldout", "--json"))
     assert heldout["statuses"] == {"heldout": heldout["samples"]} and heldout["samples"] == told["statuses"]["heldout"]
     # What the agent found in its own session is what stock onnxruntime finds in the file.
     assert heldout["accuracy"] == manual.listing(state)["versions"][-1]["score"]["accuracy"]
     candidate = json.loads(command("eval", state, "--data", data, "--candidate", "--json"))
-    assert candidate["model"] == "the candidate of step 20" and candidate["classes"] == told["classes"]
+    assert candidate["model"] == "the candidate of step 5" and candidate["classes"] == told["classes"]
     # A version that is not on the disk any more.
     refused = CliRunner().invoke(app, ["eval", str(state), "--data", str(data), "--version", "1"])
     assert isinstance(refused.exception, UsageError) and "choose one of: 4, 5, 6" in str(refused.exception)
