@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
+from edgetune.agent.config import AgentConfig
 from edgetune.agent.continual import average_accuracy, backward_transfer, forgetting, forward_transfer
+from edgetune.agent.gate.config import GateConfig
 from edgetune.agent.gate.tasks import MOST_TASKS, Tasks
+from edgetune.agent.loop import run_agent
+from edgetune.agent.view import QuietView
+from edgetune.bundle import Array
+from edgetune.commands import app
+from tests.agent.fakes import CLASSES, Workshop, make_bundle, make_image
 
 # Three tasks: the first is forgotten, the second gets better by the third, the third profits from the second.
 HAND = [[0.9, 0.2, 0.1], [0.6, 0.8, 0.4], [0.5, 0.85, 0.7]]
@@ -79,3 +88,30 @@ def _sample(task: str | None) -> Any:
     made = Named()
     made.task = task  # type: ignore[attr-defined]
     return made
+
+
+def test_a_run_over_two_tasks_reports_its_matrix(tmp_path: Path) -> None:
+    """Two classes first, the third afterwards, told apart by the metadata; the exported model is the baseline."""
+    bundle, data, lines = make_bundle(tmp_path / "bundle"), tmp_path / "data", list[str]()
+    config = AgentConfig(
+        data=data, state=tmp_path / "state", batch=4, once=True, quiet=True, epsilon=0.9, settle_seconds=0.1,
+        checkpoint_every=3, gate=GateConfig(least_heldout=3),
+    )  # fmt: skip
+    shop = Workshop()
+    for task, labels in (("both", (0, 1)), ("owls", (2,))):
+        for label in labels:
+            for seed in range(20):
+                make_image(data / f"{CLASSES[label]}{seed}.png", label, seed)
+                entry = {"file_name": f"{CLASSES[label]}{seed}.png", "label": label, "task": task}
+                lines.append(json.dumps(entry) + "\n")
+        (data / "metadata.jsonl").write_text("".join(lines))
+        run_agent(bundle, config, parts=shop.parts(), view=QuietView())
+    told = json.loads(CliRunner().invoke(app, ["report", str(tmp_path / "state"), "--json"]).stdout)["tasks"]
+    assert told["tasks"] == ["both", "owls"] and told["before"][1] is None
+    assert told["matrix"][0][0] == 1.0 and told["matrix"][0][1] is None  # there was no owl to judge by
+    last: Array = np.array(told["matrix"][1])
+    assert told["average_accuracy"] == pytest.approx(last.mean())
+    assert told["forgetting"] == pytest.approx(1.0 - last[0]) == -told["backward_transfer"]
+    assert told["forward_transfer"] is None
+    table = CliRunner().invoke(app, ["report", str(tmp_path / "state")]).stdout
+    assert "held-out accuracy by task" in table and "forgetting: " in table
