@@ -244,7 +244,7 @@ class Agent:
         self.work.save_before_a_wait()
         rest = Rest(self.work)
         self.journal.event("quiet", f"resting: {rest.reason}", step=self.work.step, reason=rest.reason)
-        while not self.stopping() and not rest.over():
+        while not self.stopping() and not self.supply.over and not rest.over():
             self.journal.enter(State.WAITING, rest.reason)
             self._idle()
             self._give_way(self.work)
@@ -266,7 +266,7 @@ class Agent:
                 self.supply.wait()
                 continue
             self._give_way(work)
-            if work.drift.quiet and not config.once:
+            if work.drift.quiet and not self.supply.over:
                 self._rest_quietly()
             elif work.go_on(self.stopping):
                 slow, began = self.service.verdict().slow, time.monotonic()

@@ -79,8 +79,7 @@ class Rest:
     def _losses(self, rows: list[Sample]) -> list[float]:
         work, found = self.work, list[float]()
         for fed in work.feeder.images(rows, work.budgeter.plan.micro_batch):
-            work.supply.quarantine(fed.bad)
-            if fed.samples:
+            if fed.samples:  # what cannot be read still waits in the pool, and is quarantined when its turn comes
                 with work.computing("the look at what waits"):
                     logits = work.session.predict(fed.features[0])
                 found += losses_of(logits, fed.labels)

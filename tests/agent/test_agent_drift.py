@@ -21,10 +21,12 @@ from edgetune.agent.drift.adwin import Adwin
 from edgetune.agent.drift.config import DriftConfig
 from edgetune.agent.drift.detector import Detector
 from edgetune.agent.drift.drift import Drift, Finding
-from edgetune.agent.ledger import Ledger
+from edgetune.agent.feeder import Feeder
+from edgetune.agent.ledger import Ledger, Sample
 from edgetune.agent.quiet import losses_of
 from edgetune.agent.view import QuietView
-from edgetune.bundle import Bundle
+from edgetune.bundle import Array, Bundle
+from edgetune.errors import DataError
 from edgetune.telemetry import runlog
 from tests.agent.fakes import CLASSES, Workshop, make_bundle, make_image
 from tools import drift_study
@@ -230,7 +232,17 @@ def test_another_world_is_noticed_and_answered_and_a_resumed_run_does_the_same(t
     assert drifts[0] == drifts[1]
 
 
-def test_a_quiet_run_lets_samples_wait_until_the_world_changes(tmp_path: Path, bundle: Bundle) -> None:
+def test_a_quiet_run_lets_samples_wait_until_the_world_changes(
+    tmp_path: Path, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unreadable, load = list[str](), Feeder.load
+
+    def careful(feeder: Feeder, sample: Sample, *, to_train: bool = False) -> Array:
+        if any(sample.path.endswith(name) for name in unreadable):
+            raise DataError("missing")
+        return load(feeder, sample, to_train=to_train)
+
+    monkeypatch.setattr(Feeder, "load", careful)
     data, state = tmp_path / "data", tmp_path / "state"
     world(data, range(40))
     drift = DriftConfig(quiet_after=2, quiet_interval_s=0.05, quiet_backlog=30)
@@ -245,10 +257,14 @@ def test_a_quiet_run_lets_samples_wait_until_the_world_changes(tmp_path: Path, b
     assert quiet_at < 24 and checkpoint.listed(state)[0][0] == quiet_at  # 24 batches were there: some wait
     world(data, range(40, 50))
     _wait(lambda: len(events(state, "looked")) >= 2)
+    unreadable.append("0-60.png")
+    world(data, range(60, 61))
+    _wait(lambda: len(events(state, "looked")) >= 3)
+    assert not events(state, "quarantined"), "what still waits is not quarantined by a look at it"
     assert events(state, "state")[-1]["reason"].startswith("quiet: 2 evaluations without gain")
     waiting = Ledger(state / "ledger.sqlite", read_only=True).counts()["new"]
     assert waiting > 0 and events(state, "step")[-1]["step"] == quiet_at
-    for begin in range(50, 110, 10):
+    for begin in range(70, 130, 10):
         world(data, range(begin, begin + 10), turned=1)
         time.sleep(0.15)
         if events(state, "drift"):
