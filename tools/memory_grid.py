@@ -141,6 +141,7 @@ def measure(cell: Cell, folder: Path) -> dict[str, Any]:
     class Row:
         place: int
         label: int = 0
+        replayed: bool = False
 
     @dataclass
     class Shape:
