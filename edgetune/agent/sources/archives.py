@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-from edgetune.agent.sources.base import Found, Waiter, storable
+from edgetune.agent.sources.base import Found, Lasting, Waiter, storable
 from edgetune.agent.sources.folder import Watcher
 from edgetune.errors import DataError
 
@@ -43,7 +43,7 @@ class _Known:
     unrecorded: int = 0  # of those
 
 
-class ArchiveSource:
+class ArchiveSource(Lasting):
     """The file ``pattern``, or all files that it stands for (``shards/*.tar``; wildcards only in the last part).
 
     Args:
@@ -100,24 +100,6 @@ class ArchiveSource:
             known = self._known.get(self._split(path)[0])
             if known is not None:
                 known.unrecorded -= 1
-
-    def ended(self) -> bool:
-        return True
-
-    def stalled(self) -> bool:
-        return False
-
-    def held(self) -> dict[str, int]:
-        return {}
-
-    def release(self, paths: Iterable[str]) -> None:
-        """Do nothing: there are no copies."""
-
-    def check(self) -> None:
-        """Do nothing: all that goes wrong is told at once."""
-
-    def heed(self, waiting: int) -> None:
-        """Do nothing: what is in an archive takes no room elsewhere."""
 
     def absent(self) -> str | None:
         if self._many:

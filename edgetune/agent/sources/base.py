@@ -102,6 +102,29 @@ class Source(Protocol):
         """Let go of files and threads."""
 
 
+class Lasting:
+    """The part of a :class:`Source` whose entries stay where they are and can be read again: it keeps no copy of them,
+    and never has to wait."""
+
+    def ended(self) -> bool:
+        return True
+
+    def stalled(self) -> bool:
+        return False
+
+    def held(self) -> dict[str, int]:
+        return {}
+
+    def release(self, paths: Iterable[str]) -> None:
+        """Do nothing: there are no copies."""
+
+    def check(self) -> None:
+        """Do nothing: all that goes wrong is told at once."""
+
+    def heed(self, waiting: int) -> None:
+        """Do nothing: what waits takes no room elsewhere."""
+
+
 def labelled(path: str, label: Any, classes: Sequence[str], task: str | None = None, *, final: bool = False) -> Found:
     """Return the entry ``path`` with ``label``, the name of a class or its index; an unknown one is a problem."""
     if isinstance(label, str) and label in classes:

@@ -17,14 +17,14 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from edgetune.agent.sources.base import MAX_FILE_BYTES, Found, Waiter, labelled, storable, valid_labels
+from edgetune.agent.sources.base import MAX_FILE_BYTES, Found, Lasting, Waiter, labelled, storable, valid_labels
 from edgetune.errors import DataError
 
 METADATA = "metadata.jsonl"
 _UNFINISHED = (".tmp", ".part", ".partial", ".crdownload", "~")
 
 
-class FolderSource:
+class FolderSource(Lasting):
     """The folder ``root``.
 
     Args:
@@ -83,24 +83,6 @@ class FolderSource:
 
     def recorded(self, paths: Iterable[str], *, finished: bool = False) -> None:
         """Do nothing: a file may be written again at any time."""
-
-    def ended(self) -> bool:
-        return True
-
-    def stalled(self) -> bool:
-        return False
-
-    def held(self) -> dict[str, int]:
-        return {}
-
-    def release(self, paths: Iterable[str]) -> None:
-        """Do nothing: there are no copies."""
-
-    def check(self) -> None:
-        """Do nothing: all that goes wrong is told at once."""
-
-    def heed(self, waiting: int) -> None:
-        """Do nothing: what lies in the folder takes no room elsewhere."""
 
     def absent(self) -> str | None:
         return None if self.root.is_dir() else f"the data folder '{self.root}' is gone"
