@@ -128,7 +128,7 @@ class Row:
     backward: float
     forward: float
     promoted: float
-    peak_mib: float
+    peak_mib: float | None
     saved_kib: float
     plan: str
     steps: int
@@ -142,6 +142,7 @@ def row_of(found: Sequence[dict[str, Any]]) -> Row:
         return statistics.fmean(value for value in values if value is not None)
 
     accuracies = [average_accuracy(one["matrix"]) or 0.0 for one in found]
+    peaks = [one["measured_peak_bytes"] for one in found if one["measured_peak_bytes"] is not None]
     plans = {
         f"{one['trained']} layers" + ("" if one["epsilon"] is None else f", ε {one['epsilon']:.2f}") for one in found
     }
@@ -152,7 +153,7 @@ def row_of(found: Sequence[dict[str, Any]]) -> Row:
         backward=mean([backward_transfer(one["matrix"]) for one in found]),
         forward=mean([forward_transfer(one["matrix"], one["before"]) for one in found]),
         promoted=mean([average_accuracy(one["promoted"]) for one in found]),
-        peak_mib=max(one["measured_peak_bytes"] for one in found) / 2**20,
+        peak_mib=max(peaks) / 2**20 if peaks else None,
         saved_kib=mean([one["saved_bytes"] for one in found]) / 2**10,
         plan=" / ".join(sorted(plans)),
         steps=round(mean([one["steps"] for one in found])),
@@ -181,11 +182,12 @@ def table(found: dict[tuple[str, str, str, str], list[dict[str, Any]]], scenario
     for (name, budget, codec, replay), ones in found.items():
         if name == scenario:
             row = row_of(ones)
+            peak = "-" if row.peak_mib is None else f"{row.peak_mib:.1f} MiB"
             spread = "" if row.spread is None else f" ± {100 * row.spread:.1f}"
             lines.append(
                 f"| {budget} | {codec} | {row.plan} | {replay} | {100 * row.accuracy:.1f}{spread} | "
                 f"{100 * row.forgetting:.1f} | {100 * row.backward:+.1f} | {100 * row.forward:+.1f} | "
-                f"{100 * row.promoted:.1f} | {row.saved_kib:.0f} KiB | {row.peak_mib:.1f} MiB | {row.steps} | "
+                f"{100 * row.promoted:.1f} | {row.saved_kib:.0f} KiB | {peak} | {row.steps} | "
                 f"{row.replay_kib:.0f} KiB |"
             )
     return lines

@@ -6,6 +6,7 @@ weights of the newest checkpoint are judged on the test images of all tasks, as 
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -51,6 +52,7 @@ def run(told: dict[str, Any]) -> dict[str, Any]:
     for task, name in enumerate(names):
         lines += _write(data, task, name, arrays[f"train_{task}"], arrays[f"train_labels_{task}"], bundle)
         (data / "metadata.jsonl").write_text("".join(lines))
+        gc.collect()  # the session of the task before: else it is measured too
         begun = time.perf_counter()
         run_agent(bundle, config, view=QuietView())
         seconds += time.perf_counter() - begun
