@@ -2,11 +2,11 @@
 
     python tools/day.py [--hours 24] [--hour-seconds 15] [--svg docs/day.svg] [--json FILE]
 
-Handwritten digits arrive in a folder, more by day than by night, and the oldest are deleted from it. Twice the world
-changes (the pictures are inverted). For an hour and a half a program runs to which training yields. Log files and what
-the ledger remembers are made smaller in proportion. Sampled from outside: resident memory (anonymous and all), open
-files, threads, and the state directory's parts. After the warm-up a line is fitted through each; :func:`verdict` says
-what grows.
+Handwritten digits arrive in a folder, more by day than by night, and the oldest are deleted from it. Every day the
+world changes twice: for eight hours the pictures are inverted, and each means the next digit. For an hour and a half a
+program runs to which training yields. Log files and what the ledger remembers are made smaller in proportion. Sampled
+from outside: resident memory (anonymous and all), open files, threads, and the state directory's parts. After the warm-
+up a line is fitted through each; :func:`verdict` says what grows.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from edgetune.telemetry import runlog  # noqa: E402
 from edgetune.units import MIB, format_bytes  # noqa: E402
 
 GUEST = "a-guest-program"
-NIGHT, DRIFTS, GUEST_HOURS = (0.0, 6.0), (9.0, 17.0), (12.0, 13.5)
+NIGHT, OTHER_WORLD, GUEST_HOURS = (0.0, 6.0), (9.0, 17.0), (12.0, 13.5)
 PER_HOUR, BY_NIGHT = 300, 40
 KEPT_FILES = 1500
-SEGMENT_BYTES = 128 << 10
+SEGMENT_BYTES, REMEMBERED = 32 << 10, 1000
 PARTS = {"log.": "run log", "ledger.": "ledger", "checkpoint-": "checkpoints", "calibration-": "checkpoints",
          "replay": "replay", "promoted": "promoted", "history": "promoted"}  # fmt: skip
 WARM_UP_SHARE = 1 / 3
@@ -139,10 +139,10 @@ class World:
     def live(self, hour: float, passed: float) -> None:
         """Let ``passed`` hours pass until ``hour``."""
         rate = BY_NIGHT if NIGHT[0] <= hour % 24 < NIGHT[1] else PER_HOUR
-        inverted = sum(hour >= at for at in DRIFTS) % 2 == 1
+        turned = OTHER_WORLD[0] <= hour % 24 < OTHER_WORLD[1]
         wanted = rate * passed
         for _ in range(int(wanted) + (self.dice.random() < wanted % 1)):
-            self._picture(inverted)
+            self._picture(turned)
         while len(self.kept) > KEPT_FILES:
             self.kept.pop(0).unlink(missing_ok=True)
         runs = GUEST_HOURS[0] <= hour % 24 < GUEST_HOURS[1]
@@ -154,15 +154,15 @@ class World:
         elif not runs:
             self.end()
 
-    def _picture(self, inverted: bool) -> None:
+    def _picture(self, turned: bool) -> None:
         import numpy as np
         from PIL import Image
 
         index = self.dice.randrange(len(self.images))
         pixels = np.clip(self.images[index] * 255 + self.dice.gauss(0, 8), 0, 255)
         noise = np.random.default_rng(self.made).normal(0, 6, pixels.shape)
-        pixels = np.clip((255 - pixels if inverted else pixels) + noise, 0, 255).astype(np.uint8)
-        folder = self.data / str(int(self.labels[index]))
+        pixels = np.clip((255 - pixels if turned else pixels) + noise, 0, 255).astype(np.uint8)
+        folder = self.data / str((int(self.labels[index]) + turned) % 10)
         folder.mkdir(parents=True, exist_ok=True)
         path, hidden = folder / f"{self.made:07d}.png", folder / f".{self.made:07d}.part"
         Image.fromarray(pixels).save(hidden, format="PNG")
@@ -206,14 +206,14 @@ def day(folder: Path, hours: float, hour_seconds: float, extra: Sequence[str] = 
     world = World(data, 0)
     settings = [
         "drift.quiet_after=4", f"drift.quiet_interval_s={hour_seconds / 4}", "drift.quiet_backlog=12",
-        f"service.yield_to={GUEST}", "replay.kind=raw", f"replay.limit_bytes={1 << 20}", "remember=2000",
+        f"service.yield_to={GUEST}", "replay.kind=raw", f"replay.limit_bytes={1 << 20}", f"remember={REMEMBERED}",
         "checkpoint_every=10", "rescan_seconds=0.5", "service.metrics_port=0", *extra,
     ]  # fmt: skip
     words = ["run", bundle, "--data", data, "--state", state, "--batch", 16, "--epsilon", 0.9, "--quiet"]
     words += ["--learning-rate", 0.02, "--no-supervise", *(word for text in settings for word in ("--set", text))]
     command = [sys.executable, str(Path(__file__).resolve()), "--as-agent", *map(str, words)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    world.live(10.0, 0.5)  # something to begin with
+    world.live(8.0, 0.5)  # something to begin with
     process = subprocess.Popen(command, env=environment)
     samples: list[Sample] = []
     try:
@@ -315,6 +315,7 @@ def main() -> int:
 
 def _agent() -> int:
     """Run the agent with files of the run log that are small in proportion, and count its events."""
+    from edgetune.agent.gate import history
     from edgetune.agent.journal import Journal
     from edgetune.commands import main as command_line
 
@@ -329,6 +330,7 @@ def _agent() -> int:
     defaults = runlog.RunLog.__init__.__kwdefaults__
     assert defaults is not None
     defaults["segment_bytes"] = SEGMENT_BYTES
+    history.MOST_BYTES = SEGMENT_BYTES
     sys.argv[1:] = sys.argv[2:]
     state = Path(sys.argv[sys.argv.index("--state") + 1])
     try:
