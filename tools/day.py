@@ -74,12 +74,12 @@ class Fit:
         return self.rise > ALLOWED[self.name] and self.rise > 3 * self.error
 
 
-def fitted(samples: Sequence[Sample], name: str) -> Fit:
+def fitted(samples: Sequence[Sample], name: str, warm_up: float = WARM_UP_SHARE) -> Fit:
     """Return the least-squares line through ``name`` after the warm-up.
 
     Neighbours are alike, so the error is that of means over eight stretches, not of single samples.
     """
-    begin = samples[0].hour + WARM_UP_SHARE * (samples[-1].hour - samples[0].hour)
+    begin = samples[0].hour + warm_up * (samples[-1].hour - samples[0].hour)
     late = [sample for sample in samples if sample.hour >= begin]
     count = max(1, len(late) // 8)
     stretches = [late[start : start + count] for start in range(0, len(late) - count + 1, count)]
@@ -94,10 +94,10 @@ def fitted(samples: Sequence[Sample], name: str) -> Fit:
     return Fit(name, middle_y + slope * (late[0].hour - middle_x), slope * span, error * span)
 
 
-def verdict(samples: Sequence[Sample], events: Mapping[str, int]) -> list[str]:
+def verdict(samples: Sequence[Sample], events: Mapping[str, int], warm_up: float = WARM_UP_SHARE) -> list[str]:
     """Return what is wrong: what grows, and what should have happened and did not."""
     wrong = []
-    for fit in (fitted(samples, name) for name in ALLOWED):
+    for fit in (fitted(samples, name, warm_up) for name in ALLOWED):
         if fit.grows:
             wrong.append(f"{fit.name} grows by {fit.rise:.0f} (± {fit.error:.0f}) after the warm-up")
     for event in ("step", "drift", "yielded", "yield_ended", "checkpoint", "evaluated"):
@@ -243,12 +243,12 @@ def _started(process: subprocess.Popen[bytes], state: Path) -> None:
         time.sleep(0.2)
 
 
-def table(samples: Sequence[Sample], events: Mapping[str, int]) -> str:
+def table(samples: Sequence[Sample], events: Mapping[str, int], warm_up: float = WARM_UP_SHARE) -> str:
     """Return the day as two tables."""
     lines = ["| | after the warm-up | rise until the end | ± | least | most |", "|---|---|---|---|---|---|"]
-    begin = samples[0].hour + WARM_UP_SHARE * (samples[-1].hour - samples[0].hour)
+    begin = samples[0].hour + warm_up * (samples[-1].hour - samples[0].hour)
     for name in ALLOWED:
-        fit = fitted(samples, name)
+        fit = fitted(samples, name, warm_up)
         values = [float(getattr(sample, name)) for sample in samples if sample.hour >= begin]
         shown = [
             f"{value / MIB:.2f} MiB" if name.endswith("_bytes") else f"{value:.2f}"
@@ -290,6 +290,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="A simulated day, and what grows through it.")
     parser.add_argument("--hours", type=float, default=24.0)
     parser.add_argument("--hour-seconds", type=float, default=15.0, help="how long a simulated hour takes")
+    parser.add_argument("--warm-up", type=float, default=WARM_UP_SHARE, help="the share of the time that is not judged")
     parser.add_argument("--svg", type=Path)
     parser.add_argument("--json", type=Path, help="write the samples here")
     parser.add_argument("--keep", type=Path, help="leave everything in this new folder")
@@ -302,10 +303,10 @@ def main() -> int:
         if args.json:
             args.json.write_text(json.dumps([vars(sample) for sample in samples]))
         events: dict[str, int] = json.loads((folder / "events.json").read_text())
-        print(table(samples, events))
+        print(table(samples, events, args.warm_up))
         if args.svg:
             args.svg.write_text(picture(samples))
-        wrong = verdict(samples, events)
+        wrong = verdict(samples, events, args.warm_up)
         log_bytes = sum(path.stat().st_size for path in state.glob("log.jsonl*"))
         print(f"\nThe run log ends with {format_bytes(log_bytes)} in {len(list(state.glob('log.jsonl*')))} files.")
     for text in wrong:
