@@ -51,13 +51,14 @@ def layout(lives: Sequence[Span]) -> list[tuple[int, int]]:
 def touched_bytes(lives: Sequence[Span], nodes: int) -> list[int]:
     """Return how much of the block has been written to when each of ``nodes`` has run: what was never is not resident,
     and what was once stays so."""
-    places = layout(lives)
-    order = sorted(range(len(lives)), key=lambda index: lives[index][0])
+    made: dict[int, list[tuple[int, int]]] = {}
+    for (first, _, _), place in zip(lives, layout(lives), strict=True):
+        made.setdefault(first, []).append(place)
     written: list[tuple[int, int]] = []
     usage: list[int] = []
     for node in range(nodes):
-        while order and lives[order[0]][0] <= node:
-            written = _with(written, places[order.pop(0)])
+        for place in made.get(node, ()):
+            written = _with(written, place)
         usage.append(sum(end - begin for begin, end in written))
     return usage
 
@@ -65,9 +66,13 @@ def touched_bytes(lives: Sequence[Span], nodes: int) -> list[int]:
 def _with(written: Sequence[tuple[int, int]], more: tuple[int, int]) -> list[tuple[int, int]]:
     """Return the union of disjoint stretches and one more."""
     begin, end = more
-    apart = [one for one in written if one[1] < begin or end < one[0]]
-    joined = [one for one in written if not (one[1] < begin or end < one[0])]
-    return [*apart, (min([begin, *(one[0] for one in joined)]), max([end, *(one[1] for one in joined)]))]
+    apart = []
+    for one in written:
+        if one[1] < begin or end < one[0]:
+            apart.append(one)
+        else:
+            begin, end = min(begin, one[0]), max(end, one[1])
+    return [*apart, (begin, end)]
 
 
 def holes(graph: GraphSpec, symbols: Mapping[str, int]) -> list[int]:
