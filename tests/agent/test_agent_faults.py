@@ -24,6 +24,7 @@ from edgetune.agent.view import QuietView
 from edgetune.bundle import Array, Bundle
 from edgetune.errors import StorageError
 from edgetune.telemetry import runlog
+from tests.agent.disks import fill, mounted
 from tests.agent.fakes import FakeSession, Workshop, make_bundle, make_folder
 
 SCRIPT = Path(__file__).with_name("run_fake.py")
@@ -182,24 +183,8 @@ def test_a_truncated_checkpoint_falls_back_to_the_previous_and_ends_the_same(wor
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 400 KiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if shutil.which("mount") is None or os.getuid() != 0:
-        pytest.skip("mounting a small tmpfs needs root")
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", place], capture_output=True).returncode:
-        pytest.skip("a tmpfs cannot be mounted here")
-    yield place
-    subprocess.run(["umount", "-l", place], check=True)
-
-
-def fill(place: Path) -> None:
-    """Take all the space that is left."""
-    with (place / "filler").open("wb", buffering=0) as stream:
-        try:
-            while True:
-                stream.write(b"\0" * 512)
-        except OSError:
-            pass
+    with mounted(tmp_path / "disk", "400k") as place:
+        yield place
 
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(

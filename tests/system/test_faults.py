@@ -38,6 +38,7 @@ from edgetune.bundle import FORMAT_VERSION
 from edgetune.errors import BundleError, DataError, StateError, StorageError
 from edgetune.telemetry import runlog
 from edgetune.units import MIB
+from tests.agent.disks import fill, mounted
 from tests.engines.workshop import ROOT, bundle_of, copied, same_bits
 from tests.system.device import final_state, last_step, make_images, trained
 
@@ -226,25 +227,10 @@ def test_samples_that_make_the_loss_nan_are_found_and_the_step_undone(tmp_path: 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 1 MiB of its own."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if shutil.which("mount") is None or os.getuid() != 0:
-        pytest.skip(
-            "mounting a small tmpfs needs root; tests/agent/test_agent_faults.py limits the size of files instead"
-        )
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("a tmpfs cannot be mounted here; test_agent_faults.py limits the size of files instead")
-    yield disk
-    subprocess.run(["umount", "-l", disk], check=True)
-
-
-def fill(disk: Path) -> None:
-    with (disk / "filler").open("wb", buffering=0) as stream:
-        try:
-            while True:
-                stream.write(b"\0" * 512)
-        except OSError:
-            pass
+    with mounted(
+        tmp_path / "disk", "1m", otherwise="tests/agent/test_agent_faults.py limits the size of files"
+    ) as disk:
+        yield disk
 
 
 def test_a_full_and_a_read_only_disk_end_with_an_error_and_cost_nothing_afterwards(
