@@ -36,11 +36,11 @@ def entries(source: Source, count: int) -> list[Found]:
     Raises:
         DataError: the source failed. StorageError: there is no room for a stream's samples.
     """
-    found, waiter = dict[str, Found](), source.waiter(1.0)
+    found, waiter = dict[str, Found](), None if source.growing else source.waiter(1.0)
     while True:
         found.update((entry.path, entry) for entry in source.scan() if entry.problem is None)
         source.check()
-        if source.growing or source.ended() or source.stalled() or len(found) >= count:
+        if waiter is None or source.ended() or source.stalled() or len(found) >= count:
             return list(found.values())
         source.recorded(found)
         waiter.wait(1.0, lambda: False)
@@ -52,13 +52,13 @@ def every(source: Source) -> Iterator[Found]:
     Raises:
         DataError: the source failed. StorageError: there is no room for a stream's samples.
     """
-    waiter = source.waiter(1.0)
+    waiter = None if source.growing else source.waiter(1.0)
     while True:
         for found in source.scan():
             yield found
             source.recorded([found.path], finished=True)
         source.check()
-        if source.growing or source.ended():
+        if waiter is None or source.ended():
             return
         waiter.wait(1.0, lambda: False)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import watchfiles
 from PIL import Image
 
 from edgetune.agent.images import IMAGE_SUFFIXES, Decoder
@@ -255,12 +258,51 @@ def test_held_out_samples_are_stratified_and_stable(tmp_path: Path) -> None:
 
 
 def test_the_watcher_sees_a_new_file_and_times_out_without(tmp_path: Path) -> None:
-    watcher = Watcher(tmp_path, rescan_seconds=0.4)
+    closed = threading.Event()
+    watcher = Watcher(tmp_path, rescan_seconds=0.4, closed=closed)
     started = time.monotonic()
     watcher.wait(5, never)
     assert 0.3 < time.monotonic() - started < 3
-    patient = Watcher(tmp_path, rescan_seconds=10)
+    patient = Watcher(tmp_path, rescan_seconds=10, closed=closed)
     (tmp_path / "x.png").write_bytes(b"x")
     started = time.monotonic()
     patient.wait(10, never)
     assert time.monotonic() - started < 5
+    closed.set()
+
+
+def test_reports_of_changes_do_not_pile_up_while_nobody_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: set[int] = set()
+    taken = threading.Event()
+
+    def watch(root: Path, *, stop_event: threading.Event, **_: object) -> Iterator[set[int]]:
+        yield set()
+        for number in range(1000):
+            held.add(number)
+            yield set(held)  # as watchfiles does: all that came since it was last asked
+            held.clear()
+        taken.set()
+        stop_event.wait()
+
+    monkeypatch.setattr(watchfiles, "watch", watch)
+    closed = threading.Event()
+    watcher = Watcher(tmp_path, rescan_seconds=10, closed=closed)
+    assert taken.wait(5), "nobody takes the reports"
+    assert not held
+    started = time.monotonic()
+    watcher.wait(10, never)  # all of them are one change
+    assert time.monotonic() - started < 1
+    watcher.rescan_seconds = 0.2
+    watcher.wait(10, never)
+    assert 0.15 < time.monotonic() - started < 5
+    closed.set()
+
+
+def test_the_watch_ends_with_the_source(tmp_path: Path) -> None:
+    others = set(threading.enumerate())
+    source = FolderSource(tmp_path, CLASSES, IMAGE_SUFFIXES)
+    source.waiter(1.0)
+    (watch,) = (thread for thread in threading.enumerate() if thread not in others)
+    source.close()
+    watch.join(5)
+    assert not watch.is_alive()

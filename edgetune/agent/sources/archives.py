@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import stat
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,6 +61,7 @@ class ArchiveSource(Lasting):
         self._folder, self._pattern = pattern.parent.absolute(), pattern.name
         self._many = glob.has_magic(self._pattern)
         self._known: dict[str, _Known] = {}
+        self._closed = threading.Event()
         if (absent := self.absent()) is not None:
             raise DataError(f"{absent}; give another --data")
 
@@ -107,9 +109,10 @@ class ArchiveSource(Lasting):
         return None if (self._folder / self._pattern).is_file() else f"the archive '{self.spec}' is not there"
 
     def waiter(self, rescan_seconds: float) -> Waiter:
-        return Watcher(self._folder, rescan_seconds=rescan_seconds)
+        return Watcher(self._folder, rescan_seconds=rescan_seconds, closed=self._closed)
 
     def close(self) -> None:
+        self._closed.set()
         while self._known:
             self._known.popitem()[1].archive.close()
 

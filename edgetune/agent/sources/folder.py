@@ -12,10 +12,10 @@ from __future__ import annotations
 import json
 import os
 import stat
+import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from edgetune.agent.sources.base import MAX_FILE_BYTES, Found, Lasting, Waiter, labelled, storable, valid_labels
 from edgetune.errors import DataError
@@ -43,6 +43,7 @@ class FolderSource(Lasting):
         self.spec, self.root = str(root), root.resolve()
         self.classes = tuple(classes)
         self.suffixes = suffixes
+        self._closed = threading.Event()
 
     def scan(self) -> Iterator[Found]:
         """Yield all entries in a fixed order (by path; of ``metadata.jsonl``, by line)."""
@@ -88,10 +89,11 @@ class FolderSource(Lasting):
         return None if self.root.is_dir() else f"the data folder '{self.root}' is gone"
 
     def waiter(self, rescan_seconds: float) -> Waiter:
-        return Watcher(self.root, rescan_seconds=rescan_seconds)
+        return Watcher(self.root, rescan_seconds=rescan_seconds, closed=self._closed)
 
     def close(self) -> None:
-        """Do nothing: no file stays open."""
+        """End the watch; no file stays open."""
+        self._closed.set()
 
     def _inside(self, path: str) -> Path:
         pure = PurePosixPath(path)
@@ -153,32 +155,42 @@ class FolderSource(Lasting):
 
 
 class Watcher:
-    """Waits for changes in a folder. Where the system cannot report changes it sleeps and asks for a re-scan."""
+    """Waits for changes in a folder. Where the system cannot report changes it sleeps and asks for a re-scan.
 
-    growing = True
+    A thread takes each report as it comes and keeps one bit of it: reports pile up while nobody waits, and an agent
+    that has enough to train may not wait for months.
 
-    def __init__(self, root: Path, *, rescan_seconds: float) -> None:
+    Args:
+        closed: set it, and the thread ends.
+    """
+
+    def __init__(self, root: Path, *, rescan_seconds: float, closed: threading.Event) -> None:
         self.rescan_seconds = rescan_seconds
-        self._changes: Iterator[Any] | None
+        self._changed = threading.Event()
         try:
             from watchfiles import watch
 
-            self._changes = watch(
-                root, rust_timeout=200, yield_on_timeout=True, debounce=100, step=20, raise_interrupt=False
-            )
-            next(self._changes)  # the watch begins here, hence before the caller's first scan
+            reports = watch(
+                root, rust_timeout=200, yield_on_timeout=True, debounce=400, step=50, raise_interrupt=False,
+                watch_filter=None, stop_event=closed,
+            )  # fmt: skip
+            next(reports)  # the watch begins here, hence before the caller's first scan
         except Exception:  # no inotify (its limit, a network drive) must not stop the agent
-            self._changes = None
+            return
+        threading.Thread(target=self._take, args=(reports,), name="edgetune-watch", daemon=True).start()
+
+    def _take(self, reports: Iterator[Collection[object]]) -> None:
+        try:
+            for report in reports:
+                if report:
+                    self._changed.set()
+        except Exception:  # the watched folder went away: go on by re-scans
+            return
 
     def wait(self, timeout_seconds: float, stopping: Callable[[], bool]) -> None:
         """Return when something changed, when ``stopping()``, or after ``timeout_seconds`` (at most a re-scan's)."""
         until = time.monotonic() + min(timeout_seconds, self.rescan_seconds)
         while (left := until - time.monotonic()) > 0 and not stopping():
-            if self._changes is None:
-                time.sleep(min(left, 0.2))
-                continue
-            try:
-                if next(self._changes):
-                    return
-            except Exception:  # the watched folder went away, or the generator ended: go on by re-scans
-                self._changes = None
+            if self._changed.wait(min(left, 0.2)):
+                self._changed.clear()  # before the caller looks: what comes during the look is another change
+                return
