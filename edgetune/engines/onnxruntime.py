@@ -178,9 +178,13 @@ class OnnxRuntime:
         known = dict(feeds)
         for stage, spec in enumerate(self._spec(graph).run_stages()):
             with tempfile.TemporaryDirectory(prefix="edgetune-") as scratch:
-                session = self._session(graph, stage, profile=Path(scratch) / "order")
+                # Of its own, and then dropped: after end_profiling it goes on to record each parallel loop (8 bytes),
+                # for as long as it lives.
+                self._sessions.pop((graph, stage), None)
+                session = self._loaded(graph, stage, profile=Path(scratch) / "order")
                 known |= self._run(session, graph, stage, known, spec.outputs, {})
                 events += json.loads(Path(session.end_profiling()).read_text("utf-8"))
+                del session
         check_order(graph, self._spec(graph).nodes, events)
 
     def _spec(self, graph: str) -> GraphSpec:
@@ -207,24 +211,26 @@ class OnnxRuntime:
         nodes = chosen.kept[begin : stages[stage].end]
         return assemble(whole, nodes, chosen.renamed, ports[0], ports[1], constants, chosen.absent)
 
-    def _session(self, graph: str, stage: int, profile: Path | None = None) -> Any:
-        if (graph, stage) not in self._sessions or profile is not None:
-            options = self._options(graph)
-            if profile is not None:
-                options.enable_profiling = True
-                options.profile_file_prefix = str(profile)
-            model = self._model(graph, stage)
-            if isinstance(model, bytes):
-                options.add_session_config_entry(_WEIGHTS_FOLDER, str(self._bundle.path.resolve()))
-            try:
-                session = self._ort.InferenceSession(model, options, providers=self._providers)
-            except Exception as error:
-                name = f"graph '{graph}' of {self._bundle.path}"
-                if is_exhaustion(error):
-                    raise exhausted(f"loading {name}", error) from error
-                raise EngineError(f"onnxruntime {self._ort.__version__} cannot load {name}: {error}") from error
-            self._sessions[graph, stage] = session
+    def _session(self, graph: str, stage: int) -> Any:
+        if (graph, stage) not in self._sessions:
+            self._sessions[graph, stage] = self._loaded(graph, stage)
         return self._sessions[graph, stage]
+
+    def _loaded(self, graph: str, stage: int, profile: Path | None = None) -> Any:
+        options = self._options(graph)
+        if profile is not None:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(profile)
+        model = self._model(graph, stage)
+        if isinstance(model, bytes):
+            options.add_session_config_entry(_WEIGHTS_FOLDER, str(self._bundle.path.resolve()))
+        try:
+            return self._ort.InferenceSession(model, options, providers=self._providers)
+        except Exception as error:
+            name = f"graph '{graph}' of {self._bundle.path}"
+            if is_exhaustion(error):
+                raise exhausted(f"loading {name}", error) from error
+            raise EngineError(f"onnxruntime {self._ort.__version__} cannot load {name}: {error}") from error
 
     def _options(self, graph: str) -> Any:
         ort = self._ort

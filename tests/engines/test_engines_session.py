@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -175,10 +174,10 @@ def test_a_new_plan_changes_the_ranks_without_loading_anything(codec: str, monke
     loaded: list[str] = []
     real = OnnxRuntime._session
 
-    def counting(self: OnnxRuntime, graph: str, stage: int, profile: Path | None = None) -> Any:
+    def counting(self: OnnxRuntime, graph: str, stage: int) -> Any:
         if (graph, stage) not in self._sessions:
             loaded.append(graph)
-        return real(self, graph, stage, profile)
+        return real(self, graph, stage)
 
     monkeypatch.setattr(OnnxRuntime, "_session", counting)
     session.set_plan(lower)
