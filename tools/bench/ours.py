@@ -178,7 +178,7 @@ def _onnxruntime_nodes(session: TrainingSession, step: Callable[[], object]) -> 
     nodes, seconds = list[Node](), dict[str, float]()
     with tempfile.TemporaryDirectory() as scratch:
         for stage in range(len(stages)):
-            runtime._session("train", stage, profile=Path(scratch) / str(stage))
+            runtime._sessions["train", stage] = runtime._loaded("train", stage, profile=Path(scratch) / str(stage))
             model = runtime._model("train", stage)
             read = onnx.load_model(model, load_external_data=False) if isinstance(model, str) else onnx.ModelProto()
             if isinstance(model, bytes):
