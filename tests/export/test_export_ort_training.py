@@ -316,8 +316,7 @@ def test_the_gradient_graph_of_the_training_build_agrees_with_ours(
     assert worst_error(gradients, under(seen, "gradient/")) < TOLERANCE
 
 
-@pytest.mark.parametrize("codec", ["asi", "int8", "hosvd+dense"])
-def test_the_codecs_that_the_refusal_of_another_names_are_taken(codec: str, tmp_path: Path) -> None:
+def test_the_codecs_that_the_refusal_of_another_names_are_taken(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2)).eval()
 
     def write(spelled: str) -> None:
@@ -326,9 +325,12 @@ def test_the_codecs_that_the_refusal_of_another_names_are_taken(codec: str, tmp_
         )
         write_ort_training(bundle, edgetune.plan(bundle, batch=4, epsilon=1.0), tmp_path / "artifacts")
 
-    with pytest.raises(ExportError, match="export with --codec") as refused:
-        write(codec)
-    named = str(refused.value).partition("--codec ")[2].replace(" or ", ", ").split(", ")
-    assert len(named) > 2
-    for name in named:
-        write(name)
+    taken = set[str]()
+    for codec in ("asi", "int8", "hosvd+dense"):
+        with pytest.raises(ExportError, match="export with --codec") as refused:
+            write(codec)
+        named = str(refused.value).partition("--codec ")[2].replace(" or ", ", ").split(", ")
+        assert len(named) > 2
+        for name in set(named) - taken:
+            write(name)
+        taken.update(named)
