@@ -6,9 +6,10 @@ from edgetune.codecs.asi import Asi
 from edgetune.codecs.base import Codec, Encoded, Mode, Saved, Source, StoredTensor, Use, captured_energy
 from edgetune.codecs.dct import Dct
 from edgetune.codecs.dense import Dense
-from edgetune.codecs.half import Half, opened
 from edgetune.codecs.hosvd import Hosvd
 from edgetune.codecs.hosvd_exact import HosvdExact
+from edgetune.codecs.log8 import Log8
+from edgetune.codecs.narrow import Half, Narrow, opened
 from edgetune.codecs.patch import Patch
 from edgetune.codecs.quantised import Int4, Int8
 from edgetune.codecs.recompute import Recompute
@@ -32,7 +33,9 @@ __all__ = [
     "HosvdExact",
     "Int4",
     "Int8",
+    "Log8",
     "Mode",
+    "Narrow",
     "Patch",
     "Recompute",
     "Saved",

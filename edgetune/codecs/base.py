@@ -140,6 +140,10 @@ class Mode:
 Extent: TypeAlias = "int | str"
 
 
+FACTOR = "factor"
+"""How the name of a stored tensor begins that is an orthonormal factor."""
+
+
 @dataclass(frozen=True)
 class StoredTensor:
     """One tensor that an encoder stores. Of an extent that is a product, the factors are joined by ``*``: integers,
@@ -183,8 +187,9 @@ class Codec(Protocol):
     5. the same input and the same run-time inputs give the same result, bit for bit.
     6. ``encode`` refuses what is not finite; the emitted energy is then not finite either. It refuses an empty batch.
 
-    Two class attributes may be there as well: ``energy_is_bound = True`` where law 2 gives a lower bound only, and
-    ``exact = False`` where even full ranks lose more than rounding does (one that quantises what it kept).
+    Three class attributes may be there as well: ``energy_is_bound = True`` where law 2 gives a lower bound only,
+    ``exact = False`` where even full ranks lose more than rounding does (one that quantises what it kept), and
+    ``rounding``, by which part a stored number may be off, where it is more than a float16 may.
     """
 
     name: str

@@ -6,16 +6,17 @@ hosvd · patch:size=4 · int8:group=128,storage=float16 · hosvd+dct+int8 (a men
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from edgetune.codecs.asi import Asi
 from edgetune.codecs.base import Codec, config_of
 from edgetune.codecs.dct import Dct
 from edgetune.codecs.dense import Dense
-from edgetune.codecs.half import FLOAT16, FLOAT32, Half
 from edgetune.codecs.hosvd import Hosvd
 from edgetune.codecs.hosvd_exact import HosvdExact
+from edgetune.codecs.log8 import LOG8, Log8
+from edgetune.codecs.narrow import FLOAT16, FLOAT32, Half, Narrow
 from edgetune.codecs.patch import Patch
 from edgetune.codecs.quantised import Int4, Int8
 from edgetune.codecs.recompute import Recompute
@@ -49,7 +50,8 @@ EXACT_AT_FULL_RANK = frozenset({"hosvd", "hosvd-exact", "asi", "svd"})
 
 _BOOLEANS = {"True": True, "False": False}
 STORAGE = "storage"
-"""The setting that every codec has: the type of the numbers that it stores, float32 or float16."""
+"""The setting that every codec has: how its numbers are stored."""
+_NARROW: dict[str, Callable[[Codec], Codec]] = {FLOAT16: Half, LOG8: Log8}
 
 
 def codec_from(name: str, config: Mapping[str, Any]) -> Codec:
@@ -65,12 +67,12 @@ def codec_from(name: str, config: Mapping[str, Any]) -> Codec:
         if type(value) is not type(known[key]):
             raise UsageError(f"{key}={value!r} of the codec {name} should be of the type {type(known[key]).__name__}")
     storage = config.get(STORAGE, known[STORAGE])
-    if storage not in (FLOAT32, FLOAT16):
-        raise UsageError(f"{STORAGE}={storage} of the codec {name}: choose one of: {choices((FLOAT16, FLOAT32))}")
-    if storage == FLOAT16 and isinstance(default, Recompute):
-        raise UsageError(f"the codec {name} stores nothing, so {STORAGE}={FLOAT16} means nothing; leave it away")
+    if storage not in (FLOAT32, *_NARROW):
+        raise UsageError(f"{STORAGE}={storage} of the codec {name}: choose one of: {choices((FLOAT32, *_NARROW))}")
+    if storage != FLOAT32 and isinstance(default, Recompute):
+        raise UsageError(f"the codec {name} stores nothing, so {STORAGE}={storage} means nothing; leave it away")
     codec: Codec = dataclasses.replace(default, **{key: value for key, value in config.items() if key != STORAGE})
-    return Half(codec) if storage == FLOAT16 else codec
+    return codec if storage == FLOAT32 else _NARROW[storage](codec)
 
 
 def codec_named(text: str) -> Codec:
@@ -99,7 +101,7 @@ def _known(name: str) -> tuple[Any, dict[str, Any]]:
     if name not in CODECS:
         raise UsageError(f"there is no codec '{name}'; choose one of: {choices(CODECS)}")
     codec = CODECS[name]
-    return codec.inner if isinstance(codec, Half) else codec, {STORAGE: FLOAT32, **config_of(codec)}
+    return codec.inner if isinstance(codec, Narrow) else codec, {STORAGE: FLOAT32, **config_of(codec)}
 
 
 def menu_from(text: str) -> tuple[Codec, ...]:
@@ -133,6 +135,6 @@ def with_fallback(menu: tuple[Codec, ...]) -> tuple[Codec, ...]:
 
     What cannot be exact cannot satisfy every ε, and to know what it loses takes a gradient that loses nothing.
     """
-    full = (codec.name in EXACT_AT_FULL_RANK and not isinstance(codec, Half) for codec in menu)
+    full = (codec.name in EXACT_AT_FULL_RANK and not isinstance(codec, Narrow) for codec in menu)
     exact = any(full) or any(not codec.lossy for codec in menu)
     return menu if exact else (*menu, Dense())

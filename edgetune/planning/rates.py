@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edgetune.bundle import Array, Manifest, OptionSpec, SavedSpec
-from edgetune.codecs.half import FLOAT16
+from edgetune.codecs.narrow import FLOAT32
 from edgetune.codecs.table import EXACT_AT_FULL_RANK
 from edgetune.errors import BundleError
 from edgetune.planning.selection import LOSSLESS
@@ -59,8 +59,9 @@ def exact_option(spec: SavedSpec) -> OptionSpec:
         BundleError: there is none.
     """
     lossless = [option for option in spec.options if not option.lossy]
-    # What is stored as float16 is rounded at any rank.
-    full = [o for o in spec.options if o.codec in EXACT_AT_FULL_RANK and o.config.get("storage") != FLOAT16]
+    # What is stored in fewer bytes is rounded at any rank.
+    wide = [o for o in spec.options if o.config.get("storage", FLOAT32) == FLOAT32]
+    full = [o for o in wide if o.codec in EXACT_AT_FULL_RANK]
     dense = [option for option in lossless if option.codec == LOSSLESS]
     try:
         return next(itertools.chain(dense, lossless, full))

@@ -23,6 +23,7 @@ BATCH = 6
         ("int8:storage=float16", 1e-4, 2e-2),
         ("hosvd:storage=float16", 1e-6, 1e-3),
         ("svd:storage=float16", 1e-6, 1e-3),
+        ("hosvd:storage=log8", 1e-3, 5e-2),
     ],
 )
 def test_gradients_are_as_close_as_the_stored_numbers(codec: str, least: float, most: float, tmp_path: Path) -> None:
