@@ -11,8 +11,8 @@ MODELS = tuple(SIDES)
 FULL = tuple(model for model in MODELS if model != "tiny")
 OURS = (
     *(f"{engine}/{codec}" for engine in ("onnxruntime", "torch") for codec in ("hosvd", "dense", "asi")),
-    "onnxruntime-fast/hosvd",
-)
+    "onnxruntime-fast/hosvd", "onnxruntime-fast/hosvd:storage=log8", "torch/hosvd:storage=log8",
+)  # fmt: skip
 RIVALS = (
     "pytorch", "pytorch-checkpoint", "pytorch-bf16", "pytorch-hosvd", "pytorch-asi", "pytorch-filter-r2",
     "pytorch-filter-r4", "ort-training",
