@@ -16,7 +16,6 @@ from tools import models
 BATCH = 2
 # (model, shape of a sample, last N layers)
 CASES = {
-    "resnet18-last-4": ("resnet18", (3, 64, 64), 4),
     "resnet18-last-8": ("resnet18", (3, 64, 64), 8),
     "resnet18-last-8-odd": ("resnet18", (3, 45, 37), 8),
     "mobilenet_v2-last-4": ("mobilenet_v2", (3, 64, 64), 4),
