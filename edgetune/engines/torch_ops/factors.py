@@ -133,7 +133,7 @@ class FactorTaps:
             return product(joint.flatten(1), weights).view(outputs, 1, *self._kernel)
         made = empty([len(taps), outputs, each], dy.dtype, dy.device)
         for tap, target in zip(taps, made, strict=True):
-            torch.mm(product(z1, tap).view(outputs, -1), inner.view(-1, each), out=target)
+            torch.mm(product(z1, tap).view(outputs, -1), inner.reshape(-1, each), out=target)
         if "c" in bases:
             made = product(made, bases["c"].reshape(-1, each).t())
         return _contiguous(made.permute(1, 2, 0)).view(outputs, -1, *self._kernel)
