@@ -69,11 +69,6 @@ class Bench:
         return bool(self.codec.stored(saved))
 
     @property
-    def rounding(self) -> float:
-        """By which part a stored number may be off, where that is more than a float16 may."""
-        return _rounding(self.codec)
-
-    @property
     def is_bound(self) -> bool:
         """Whether the energy is a lower bound."""
         return bool(getattr(self.codec, "energy_is_bound", False))
@@ -86,6 +81,7 @@ class Bench:
 
 
 def _rounding(codec: Codec) -> float:
+    """Return by which part a stored number may be off, where that is more than a float16 may."""
     return float(getattr(codec, "rounding", 0.0))
 
 
@@ -294,7 +290,7 @@ def batches(bench: Bench, saved: Saved) -> None:
             lost = [distance(decoded[i], x[i], x[i]) for i in range(batch)]
             worst = lost.index(max(lost))
             require(
-                lost[worst] <= 2 * min(lost) + max(1e-3, bench.rounding),
+                lost[worst] <= 2 * min(lost) + max(1e-3, _rounding(bench.codec)),
                 f"of equal samples number {worst + 1} loses {lost[worst]:.2g} of its norm, another {min(lost):.2g} "
                 f"{where}",
             )

@@ -234,7 +234,7 @@ def _entry(batch: int, ratio: float = 0.5) -> dict[str, Any]:
         return made | {"saved": saved * batch, "peak": {"peak": saved * batch, "process": 10**8}}
 
     others = {f"pytorch-{name}": figures(50.0, 80.0) for name in ("hosvd", "asi", "bf16")}
-    ours_ = {f"{engine}/hosvd": figures(ratio, 2.0) for engine in targets.ENGINES}
+    ours_ = {f"{engine}/hosvd": figures(ratio, 2.0) for engine in targets.COMPRESSED}
     place: Mapping[str, Any] = vars(run.Cell("resnet18", 224, "4", batch))
     training = {"steps": 1, "batch": 1, "train_side": 8, "loss": 1.0, "accuracy": 0.5}
     contenders = {"pytorch": figures(1.0, 80.0), **others, **ours_}
