@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 TASKS = ("digits", "glyphs")
 SEEDS = (0, 1, 2)
 BATCH, LAST = 64, 4
-STEPS = {"digits": 60, "glyphs": 80}
+STEPS = {"digits": 200, "glyphs": 200}
 LEARNING_RATE = {"digits": 0.003, "glyphs": 0.01}
 PAGE = ROOT / "docs" / "accuracy.md"
 _MARK = "outcome: "

@@ -31,12 +31,15 @@ if TYPE_CHECKING:
     from torch import nn
 
 CODECS = (
-    "hosvd", "asi", "svd", "dct", "haar", "db3", "threshold", "patch", "patch:size=4", "int8", "int4", "fp16",
-    "recompute", "dense", "hosvd-exact",
+    "hosvd", "hosvd:storage=log8", "asi", "svd", "dct", "haar", "db3", "threshold", "patch", "patch:size=4", "int8",
+    "int4", "fp16", "recompute", "dense", "hosvd-exact",
 )  # fmt: skip
 APART = ("hosvd-exact", "dense")
 """The menu of a bundle of its own, for the torch engine: the first takes seconds a step on onnxruntime."""
-EPSILONS = {"hosvd": (0.8, 0.9, 0.97, 0.99), "hosvd-exact": (0.9,), "asi": (0.9, 0.97), "svd": (0.8, 0.9)}
+EPSILONS = {
+    "hosvd": (0.8, 0.9, 0.97, 0.99), "hosvd:storage=log8": (0.9, 0.95, 0.97, 0.99), "hosvd-exact": (0.9,),
+    "asi": (0.9, 0.97), "svd": (0.8, 0.9),
+}  # fmt: skip
 RATES = {"dct": (24, 8), "haar": (24, 8), "db3": (24, 8), "threshold": (24, 8)}
 SHARES = (32, 16, 8, 4)
 """Activation budgets of the planner's mix, dense over what may be saved; where that is too little, the least."""
@@ -136,11 +139,10 @@ class Study:
         def arm(knob: str, **how: Any) -> Arm:
             return Arm(label, knob, engine, name, self._plan(name, codec=label, **how))
 
-        codec = label.split(":")[0]
-        if codec in EPSILONS:
-            return [arm(f"ε = {epsilon}", epsilon=epsilon) for epsilon in EPSILONS[codec]]
-        if codec in RATES:
-            return [arm(f"λ = {rate}", rate=float(rate)) for rate in RATES[codec]]
+        if label in EPSILONS:
+            return [arm(f"ε = {epsilon}", epsilon=epsilon) for epsilon in EPSILONS[label]]
+        if label in RATES:
+            return [arm(f"λ = {rate}", rate=float(rate)) for rate in RATES[label]]
         return [arm("—", epsilon=1.0)]
 
     def _mixes(self) -> list[Arm]:

@@ -195,9 +195,11 @@ class OnnxRuntime:
     def _model(self, graph: str, stage: int) -> str | bytes:
         """Return the file that holds one stage of ``graph``; where a plan chose from it, what remains of it."""
         spec = self._spec(graph)
-        if is_whole(self._bundle.manifest.graphs[graph], self._chosen[graph]):
-            return str(self._bundle.path / spec.run_stages()[stage].file)
-        chosen, stages = self._chosen[graph], spec.run_stages()
+        chosen = self._chosen[graph]
+        stages = spec.run_stages()
+        # A stage that was cut after the export has no file of its own.
+        if stages[stage].file and is_whole(self._bundle.manifest.graphs[graph], chosen):
+            return str(self._bundle.path / stages[stage].file)
         begin = stages[stage - 1].end if stage else 0
         wires = spec.wires[begin : stages[stage].end]
         uses = {use.name: use for use in spec.tensors}

@@ -74,6 +74,11 @@ def test_targets(accuracy: float, autograd: float, met: int) -> None:
     assert "10.0 ×" in text and "Masks are 30%" in text
     assert ("least that any plan within 1 point of dense leaves: `hosvd`" in text) == (accuracy > 0.89)
     assert ("No plan other than dense" in text) == (accuracy < 0.89)
+    assert ("The best accuracy with at least 30 times fewer saved bytes: `hosvd`" in text) == (autograd >= 300)
+    narrow = point("hosvd:storage=log8", "ε = 0.9", 5, (0.9, 0.9), held=5)
+    both = "\n".join(targets([*every, narrow], autograd * KIB))
+    assert "`hosvd:storage=log8` at ε = 0.9 within 1 point of dense: met" in both
+    assert "least that any plan within 1 point of dense leaves: `hosvd:storage=log8`" in both
     assert "was not measured" in targets(every[:1], 1.0)[0]
 
 

@@ -236,7 +236,7 @@ def _entry(batch: int, ratio: float = 0.5) -> dict[str, Any]:
     others = {f"pytorch-{name}": figures(50.0, 80.0) for name in ("hosvd", "asi", "bf16")}
     ours_ = {f"{engine}/hosvd": figures(ratio, 2.0) for engine in targets.COMPRESSED}
     place: Mapping[str, Any] = vars(run.Cell("resnet18", 224, "4", batch))
-    training = {"steps": 1, "batch": 1, "train_side": 8, "loss": 1.0, "accuracy": 0.5}
+    training = {"phases": ["1 × 1 of 8²"], "loss": 1.0, "accuracy": 0.5}
     contenders = {"pytorch": figures(1.0, 80.0), **others, **ours_}
     return {"cell": place, "training": training, "date": "2026-11-21", "load": [0.1], "contenders": contenders}
 

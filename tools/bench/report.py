@@ -108,12 +108,10 @@ def _ranks(figures: Entry) -> str:
 
 
 def _trainings(cells: Mapping[str, Entry]) -> list[str]:
-    lines = ["| model | steps | batch | pixels | last loss | right, at full size |", "|---|---|---|---|---|---|"]
+    lines = ["| model | steps × batch of pixels² | last loss | right |", "|---|---|---|---|"]
     told = {entry["cell"]["model"]: entry["training"] for entry in cells.values()}
     for model, t in told.items():
-        lines.append(
-            f"| {model} | {t['steps']} | {t['batch']} | {t['train_side']} | {t['loss']:.2f} | {t['accuracy']:.0%} |"
-        )
+        lines.append(f"| {model} | {', then '.join(t['phases'])} | {t['loss']:.2f} | {t['accuracy']:.0%} |")
     return lines
 
 
@@ -210,5 +208,6 @@ loss and SGD with momentum for everyone. The learning rate is 0, so that all ste
   layers without the head. **energy**: captured, mean over the compressed tensors. **ranks**: by mode, or those of the
   core.
 
-The models were trained for some hundred steps on digits drawn over crops of photographs (`tools/bench/subjects.py`), at
-a smaller size than they are measured at:"""
+The models were trained for some hundred steps on digits drawn over crops of photographs (`tools/bench/subjects.py`),
+most of them at a smaller size than they are measured at; *right* are twenty classes at the full size, of the U-Net
+three for each pixel:"""

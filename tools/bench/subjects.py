@@ -2,9 +2,9 @@
 
 No download. A picture is a random crop of one of scikit-learn's two photographs, with a digit of the font that Pillow
 ships drawn over it. The models learned to name digit and photograph (the U-Net: to find the digit's pixels) for some
-hundred steps on smaller pictures, then the statistics of their batch-norms were measured on pictures of the full size:
-no state of the art, but activations with the decaying spectra of a trained network. Knows torch, Pillow and
-scikit-learn.
+hundred steps, most of them on smaller pictures and the last on pictures of the full size, of which the statistics of
+their batch-norms are: no state of the art, but activations with the decaying spectra of a trained network. Knows torch,
+Pillow and scikit-learn.
 """
 
 from __future__ import annotations
@@ -30,6 +30,20 @@ from tools.codec_subjects import MEAN, STD
 
 GLYPHS = "0123456789"
 _ADAPT_BATCH, _ADAPT_BATCHES = 16, 8
+_TRAINING_SEED = 10_000
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a model's training with AdamW: one cycle that reaches ``rate``, on pictures of ``side`` pixels."""
+
+    side: int
+    steps: int
+    batch: int = 32
+    rate: float = 1e-3
+
+    def __str__(self) -> str:
+        return f"{self.steps} × {self.batch} of {self.side}²"
 
 
 @dataclass(frozen=True)
@@ -37,8 +51,8 @@ class Subject:
     """A model and how it was trained.
 
     Attributes:
-        side: of the pictures that contenders see; ``train_side`` of those it learned from.
-        steps, batch, rate: of its training with AdamW (one cycle).
+        side: of the pictures that contenders see.
+        phases: of its training, one after the other.
         segments: whether every pixel has a class (0: photograph; 1: a digit below 5; 2: another), or the picture.
         blocks: a regular expression: the modules that activation checkpointing recomputes one at a time.
     """
@@ -46,11 +60,8 @@ class Subject:
     name: str
     make: Callable[[], nn.Module]
     side: int
-    train_side: int
-    steps: int
+    phases: tuple[Phase, ...]
     blocks: str
-    batch: int = 32
-    rate: float = 1e-3
     segments: bool = False
 
     def draw(self, count: int, seed: int, side: int | None = None) -> tuple[Array, Array]:
@@ -65,7 +76,7 @@ class Subject:
         """Return the trained model in evaluation mode; train it first if ``cache`` does not hold its weights."""
         from safetensors.torch import load_file
 
-        file = cache / f"{self.name}-{self.steps}x{self.batch}-{self.train_side}-{self.side}.safetensors"
+        file = self._file(cache)
         model = _seeded(self.make)
         if not file.exists():
             self._train(model, file)
@@ -75,23 +86,25 @@ class Subject:
     def _train(self, model: nn.Module, file: Path) -> None:
         from safetensors.torch import save_file
 
-        begin = time.perf_counter()
-        side = self.train_side
-        optimizer = torch.optim.AdamW(model.parameters(), lr=self.rate)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, max_lr=self.rate, total_steps=self.steps, pct_start=0.1
-        )
+        begin, drawn = time.perf_counter(), _TRAINING_SEED
+        loss = torch.tensor(torch.nan)
         model.train()
-        for step in range(self.steps):
-            x, y = (torch.from_numpy(array) for array in self.draw(self.batch, 10_000 + step, side))
-            optimizer.zero_grad()
-            loss = functional.cross_entropy(scores_of(model(x)), y)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            schedule.step()
-            if step % 50 == 49:
-                seconds = time.perf_counter() - begin
-                print(f"{self.name}: step {step + 1}, loss {loss:.3f}, {seconds:.0f} s", file=sys.stderr, flush=True)
+        for phase in self.phases:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=phase.rate)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(
+                optimizer, max_lr=phase.rate, total_steps=phase.steps, pct_start=0.1
+            )
+            for step in range(phase.steps):
+                x, y = (torch.from_numpy(array) for array in self.draw(phase.batch, drawn, phase.side))
+                drawn += 1
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(scores_of(model(x)), y)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+                if step % 20 == 19:
+                    told = f"{self.name}: {phase}, step {step + 1}, loss {loss:.3f}"
+                    print(f"{told}, {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
         self._measure_norms(model)
         accuracy = self.accuracy(model.eval())
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -124,11 +137,14 @@ class Subject:
 
     def training(self, cache: Path) -> dict[str, Any]:
         """Return what is known of the training whose weights are in ``cache``."""
-        file = cache / f"{self.name}-{self.steps}x{self.batch}-{self.train_side}-{self.side}.safetensors"
-        with file.open("rb") as stream:
+        with self._file(cache).open("rb") as stream:
             head = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
         told = {key: float(value) for key, value in head["__metadata__"].items()}
-        return {"steps": self.steps, "batch": self.batch, "train_side": self.train_side, **told}
+        return {"phases": [str(phase) for phase in self.phases], **told}
+
+    def _file(self, cache: Path) -> Path:
+        phases = "-".join(f"{phase.steps}x{phase.batch}x{phase.side}x{phase.rate:g}" for phase in self.phases)
+        return cache / f"{self.name}-{phases}.safetensors"
 
 
 def scores_of(output: Any) -> torch.Tensor:
@@ -217,11 +233,15 @@ def _mcunet() -> nn.Module:
 SUBJECTS = {
     subject.name: subject
     for subject in (
-        Subject("resnet18", _resnet18, 224, 64, 300, r"layer\d\.\d"),
-        Subject("mobilenet_v2", _mobilenet_v2, 224, 64, 300, r"features\.\d+"),
-        Subject("mcunet", _mcunet, 160, 64, 300, r"blocks\.\d+"),
-        Subject("vit", vit_tiny, 224, 224, 400, r"vit\.layers\.\d+", batch=16, rate=5e-4),
-        Subject("unet", unet, 128, 64, 400, r"down\d|bottom|up\d|merge\d", segments=True),
-        Subject("tiny", tiny, 32, 32, 4, r"layer\d\.\d", batch=8),
+        Subject("resnet18", _resnet18, 224, (Phase(64, 300), Phase(224, 40, 16, 3e-4)), r"layer\d\.\d"),
+        Subject(
+            "mobilenet_v2", _mobilenet_v2, 224, (Phase(96, 800, 32, 3e-3), Phase(224, 60, 16, 3e-4)), r"features\.\d+"
+        ),
+        Subject("mcunet", _mcunet, 160, (Phase(80, 600, 32, 3e-3), Phase(160, 60, 16, 3e-4)), r"blocks\.\d+"),
+        Subject("vit", vit_tiny, 224, (Phase(224, 400, 16, 5e-4),), r"vit\.layers\.\d+"),
+        Subject(
+            "unet", unet, 128, (Phase(64, 400), Phase(128, 60, 16, 3e-4)), r"down\d|bottom|up\d|merge\d", segments=True
+        ),
+        Subject("tiny", tiny, 32, (Phase(32, 4, 8),), r"layer\d\.\d"),
     )
 }
