@@ -83,7 +83,9 @@ class Profiles:
             return dense_bytes(spec, self._batch)
         moving = self._moving_of(spec, one.label)
         symbols = self._symbols | _rank_symbols(option, one.ranks)
-        return sum(nbytes(moving.tensors.get(name) or self._uses[name], symbols) for name in option.stored)
+        # A frozen layer's input may still be read, by what is recomputed from it; what codecs made of it is gone then.
+        uses = (moving.tensors.get(name) or self._uses.get(name) for name in option.stored)
+        return sum(nbytes(use, symbols) for use in uses if use is not None)
 
     def _of(self, spec: SavedSpec, one: Rated) -> tuple[IntArray, int]:
         """Return the live bytes [t] of the train graph, and the bytes of bases and of constants that only it has."""

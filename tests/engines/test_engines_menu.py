@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -13,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import edgetune
+from edgetune.api import calibrate_bundle
 from edgetune.bundle import Array, Bundle, Manifest
 from edgetune.engines.session import TrainingSession
-from edgetune.errors import UsageError
+from edgetune.errors import BudgetError, UsageError
 from edgetune.export.bundling import ExportOptions, export_bundle
 from edgetune.export.source import signatures_of
 from edgetune.planning.memory import peak
@@ -134,6 +136,26 @@ def test_choosing_recomputation_stores_nothing_and_reads_the_features() -> None:
     assert kept["again"] < 0.5 * kept["dense"]
     assert not again.stages, "the features live on: the backward pass starts from them a second time"
     assert len(again.nodes) > len(dense.nodes)
+
+
+def test_a_frozen_layers_input_that_is_read_again_is_planned_for(tmp_path: Path) -> None:
+    """Recomputation starts from it, but nothing is left of what log8 would have stored."""
+    torch.manual_seed(3)
+    model, menu = Residual(3, (16, 24), 2, 5).eval(), "hosvd:storage=log8+recompute+dense"
+    bundle = edgetune.export(model, torch.zeros(1, 3, 16, 16), tmp_path / "bundle", last=4, codec=menu)
+    x, y = samples(BATCH, bundle.manifest.inputs[0].shape)
+    calibration = calibrate_bundle(bundle, BATCH, [(x, y)], errors=True)
+
+    def plan(budget: int, **how: Any) -> Plan:
+        made_for: dict[str, Any] = {"calibration": calibration, "runtime_bytes": 0, "allocation": "per-layer", **how}
+        return make_plan(bundle.manifest, batch=BATCH, budget_bytes=budget, **made_for)
+
+    for trained in range(4):
+        with pytest.raises(BudgetError, match="the least is") as refused:
+            plan(1, trained=trained)
+        least = plan(refused.value.least_bytes, trained=trained)
+        assert least.trained == trained
+        assert np.isfinite(TrainingSession(bundle, least).step(x, y))
 
 
 def test_a_selection_must_name_every_tensor_and_an_option_of_it() -> None:
