@@ -37,8 +37,8 @@ CODECS = (
 APART = ("hosvd-exact", "dense")
 """The menu of a bundle of its own, for the torch engine: the first takes seconds a step on onnxruntime."""
 EPSILONS = {
-    "hosvd": (0.8, 0.9, 0.97, 0.99), "hosvd:storage=log8": (0.9, 0.95, 0.97, 0.99), "hosvd-exact": (0.9,),
-    "asi": (0.9, 0.97), "svd": (0.8, 0.9),
+    "hosvd": (0.9, 0.97, 0.99), "hosvd:storage=log8": (0.9, 0.95, 0.97, 0.99), "hosvd-exact": (0.9,), "asi": (0.9,),
+    "svd": (0.9,),
 }  # fmt: skip
 RATES = {"dct": (24, 8), "haar": (24, 8), "db3": (24, 8), "threshold": (24, 8)}
 SHARES = (32, 16, 8, 4)

@@ -13,7 +13,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgetune.codecs.base import Array, Emitter, Encoded, Mode, Saved, Source, StoredTensor, check_finite
+from edgetune.codecs.base import (
+    POSITIONS,
+    Array,
+    Emitter,
+    Encoded,
+    Mode,
+    Saved,
+    Source,
+    StoredTensor,
+    check_finite,
+)
 from edgetune.codecs.energy import emit_captured_energy
 from edgetune.codecs.subspace import emit_top_subspace, top_subspace
 from edgetune.codecs.tucker import (
@@ -23,10 +33,13 @@ from edgetune.codecs.tucker import (
     emit_matrix,
     emit_project_positions,
 )
+from edgetune.errors import UsageError, choices
 
 # Up to so many positions the basis of h is multiplied as a matrix over h and w: with [64, 960, 7, 7] the encoder then
 # takes 0.83 of the time, for a depthwise layer 0.7; with [64, 256, 14, 14] it takes longer (onnxruntime, one core).
 JOINED_POSITIONS = 64
+
+MODES = f"c{POSITIONS}"
 
 
 @dataclass(frozen=True)
@@ -36,28 +49,44 @@ class Hosvd:
     The core of a convolution's input [b, c, *positions] is [g, rc, *ranks, r1, rank], that of a linear layer's input
     [b, *positions, c] is [*ranks, r1, rc]: the batch rank stands second to last. Convolutions have one channel factor
     per group. A mode of extent one stays whole; so does the channel mode of a depthwise convolution.
+
+    Attributes:
+        cut: the letters of the modes that are cut beside b, where they can be. What a mode that keeps six of seven
+            positions saves may be less than what projecting on it costs.
+
+    Raises:
+        UsageError: ``cut`` is empty, has a letter twice, or one of no mode.
     """
+
+    cut: str = MODES
 
     name = "hosvd"
     lossy = True
+
+    def __post_init__(self) -> None:
+        if not self.cut or len(set(self.cut)) < len(self.cut) or not set(self.cut) <= set(MODES):
+            raise UsageError(
+                f"cut={self.cut} of the codec hosvd: expected letters of modes, each once, such as cut=c; "
+                f"choose among: {choices(MODES)}"
+            )
 
     def applies(self, saved: Saved) -> bool:
         """To every tensor."""
         return True
 
     def modes(self, saved: Saved) -> tuple[Mode, ...]:
-        """b, and every other mode longer than one."""
+        """b, and every other mode of ``cut`` that is longer than one."""
         others = (
             Mode(letter, Source.BASIS, size, saved.groups if letter == "c" else 1, letter)
             for letter, size in saved.extents().items()
-            if size > 1
+            if letter in self.cut and size > 1
         )
         return (Mode("b", Source.SKETCH, None, 1, "b"), *others)
 
     def stored(self, saved: Saved) -> tuple[StoredTensor, ...]:
         """The factor of the batch mode, and the core."""
-        kept = {letter: letter if size > 1 else size for letter, size in saved.extents().items()}
-        order = [kept[letter] for letter in kept]
+        cut = {mode.letter for mode in self.modes(saved)}
+        order = [letter if letter in cut else size for letter, size in saved.extents().items()]
         core = (*order[:-1], "b", order[-1])
         return StoredTensor("factor", ("batch", "b")), StoredTensor(
             "core", core if saved.rows else (saved.groups, *core)

@@ -28,6 +28,7 @@ SUBJECTS: tuple[Codec, ...] = (
     *(codec for codec in CODECS.values() if codec.name not in ("dense", "recompute")),
     *(codec_named(f"{name}:storage=float16") for name in ("hosvd", "svd", "asi", "dct", "int4")),
     codec_named("hosvd:storage=log8"),
+    codec_named("hosvd:cut=c"),
     codec_named("patch:size=3"),
 )
 

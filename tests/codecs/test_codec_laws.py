@@ -142,6 +142,29 @@ def test_hosvd_cuts_no_mode_that_is_one_long(saved: Saved, letters: tuple[str, .
     assert CODECS["dense"].modes(saved) == ()
 
 
+CUT = codec_named("hosvd:cut=c"), codec_named("hosvd:cut=hw"), codec_named("hosvd:cut=w,storage=log8")
+
+
+@pytest.mark.parametrize("codec", CUT, ids=label_of)
+def test_the_laws_hold_whichever_modes_are_cut(codec: Codec) -> None:
+    assert check_codec(codec) == []
+
+
+def test_hosvd_cuts_the_modes_that_it_is_told_to() -> None:
+    saved = Saved("l", (6, 4, 5))
+    ranks = {"batch": 8, "b": 3, "c": 2, "h": 2, "w": 2}
+    shapes = {cut: [t.elements(ranks) for t in Hosvd(cut).stored(saved)] for cut in ("czhw", "c", "wh", "hc")}
+    assert shapes == {"czhw": [24, 24], "c": [24, 120], "wh": [24, 72], "hc": [24, 60]}
+    assert [mode.letter for mode in Hosvd("wh").modes(saved)] == ["b", "h", "w"]
+    assert label_of(Hosvd("c")) == "hosvd:cut=c" and label_of(Hosvd()) == "hosvd"
+
+
+@pytest.mark.parametrize("cut", ["", "b", "cc", "c h"])
+def test_what_is_no_letter_of_a_mode_cannot_be_cut(cut: str) -> None:
+    with pytest.raises(UsageError, match=rf"cut={cut} of the codec hosvd: .*choose among: c, h, w, z"):
+        codec_named(f"hosvd:cut={cut}")
+
+
 def test_more_position_axes_than_letters_are_an_error() -> None:
     with pytest.raises(ValueError, match=r"'l' of shape \(2, 2, 2, 2, 3\) has more position axes than 3"):
         Saved("l", (2, 2, 2, 2, 3), channels_last=True).extents()

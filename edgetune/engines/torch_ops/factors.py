@@ -17,7 +17,7 @@ from torch.nn import functional
 
 from edgetune.codecs.base import Saved
 from edgetune.codecs.energy import TINY
-from edgetune.codecs.hosvd import Hosvd
+from edgetune.codecs.hosvd import MODES, Hosvd
 from edgetune.codecs.subspace import EVEN, POLAR, ROUNDS, SHIFT
 from edgetune.engines.torch_ops.arena import empty
 from edgetune.engines.torch_ops.base import Call, Kernel
@@ -25,8 +25,8 @@ from edgetune.engines.torch_ops.matrix import product
 
 MOST_POSITIONS = 100  # of a plane; on larger ones h and w are cheaper one after the other
 
-# HosvdEncode_<shape of a sample>_g<groups>
-_ENCODER = re.compile(r"HosvdEncode_(?P<shape>\d+x\d+x\d+)_g(?P<groups>\d+)")
+# Hosvd[_cut<letters>]Encode_<shape of a sample>_g<groups>
+_ENCODER = re.compile(r"Hosvd(_cut(?P<cut>[czhw]+))?Encode_(?P<shape>\d+x\d+x\d+)_g(?P<groups>\d+)")
 
 
 def hosvd_encoder(function: FunctionProto) -> Kernel | None:
@@ -35,7 +35,7 @@ def hosvd_encoder(function: FunctionProto) -> Kernel | None:
     if found is None:
         return None
     shape, groups = tuple(int(extent) for extent in found["shape"].split("x")), int(found["groups"])
-    modes = Hosvd().modes(Saved("", shape, groups))
+    modes = Hosvd(found["cut"] or MODES).modes(Saved("", shape, groups))
     letters = [mode.letter for mode in modes if mode.letter != "b"]
     positions, channels = shape[1] * shape[2], shape[0] // groups
     if len(function.input) != 2 + len(letters) or len(function.output) != 3 or positions > MOST_POSITIONS:
@@ -44,7 +44,8 @@ def hosvd_encoder(function: FunctionProto) -> Kernel | None:
     def encode(n: Call, x: Tensor, sketch: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
         bases = dict(zip(letters, given, strict=True))
         height, width = (_basis(bases, letter, size, x) for letter, size in zip("hw", shape[1:], strict=True))
-        y = product(x.reshape(-1, positions), torch.kron(height, width))  # [b·c, r3·r4]
+        y = x.reshape(-1, positions)
+        y = product(y, torch.kron(height, width)) if "h" in bases or "w" in bases else y  # [b·c, r3·r4]
         y = y.view(-1, groups, channels, y.shape[-1])
         y = product(bases["c"].transpose(1, 2), y) if "c" in bases else y  # [b, g, r2, r3·r4]
         flat = y.reshape(len(y), -1)

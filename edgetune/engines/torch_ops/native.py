@@ -33,7 +33,7 @@ def native_kernel(function: FunctionProto) -> Kernel | None:
 # ConvWeightGrad_<geometry>_w<outputs>x<inputs per group>_<codec>[_<letters of the bases>]
 _WEIGHT_GRADIENT = re.compile(
     r"ConvWeightGrad_g(?P<g>\d+)_i(?P<i>[\dx]+)_k(?P<k>[\dx]+)_s(?P<s>[\dx]+)_d(?P<d>[\dx]+)_p(?P<p>[\dx]+)"
-    r"_w(?P<w>\d+x\d+)_(?P<codec>dense|svd|hosvd_exact|hosvd|asi)(?P<letters>(?:_[chw])*)"
+    r"_w(?P<w>\d+x\d+)_(?P<codec>dense|svd|hosvd_exact|hosvd|asi)(?:_cut[czhw]+)?(?P<letters>(?:_[chw])*)"
 )
 
 
