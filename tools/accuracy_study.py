@@ -19,6 +19,7 @@ from edgetune.api import calibrate_bundle
 from edgetune.bundle import Array, Bundle
 from edgetune.commands import _digits
 from edgetune.errors import BudgetError
+from edgetune.planning.knobs import layers_before_head
 from edgetune.planning.plan import RESERVE_BYTES, Plan, make_plan
 from edgetune.planning.selection import settle
 from edgetune.planning.spectra import Calibration
@@ -114,7 +115,8 @@ class Study:
         self.autograd_bytes = autograd_bytes(model, names, x[:batch], y[:batch])
 
     def _plan(self, name: str, *, runtime_bytes: int = 0, without: str = "", **how: Any) -> Plan:
-        # As edgetune.plan, which would measure the runtime anew for every plan.
+        # As edgetune.plan, which would measure the runtime anew for every plan. What is compared are codecs, so the
+        # other knobs are pinned: all layers, whole batches.
         manifest = self.bundles[name].manifest
         saved = (
             dataclasses.replace(spec, options=tuple(o for o in spec.options if o.codec != without))
@@ -122,7 +124,8 @@ class Study:
         )
         return make_plan(
             dataclasses.replace(manifest, saved=tuple(saved)), batch=self.batch, calibration=self.calibrations[name],
-            runtime_bytes=runtime_bytes, reserve_bytes=RESERVE_BYTES, **how,
+            runtime_bytes=runtime_bytes, reserve_bytes=RESERVE_BYTES, trained=layers_before_head(manifest),
+            micro_batch=self.batch, tail_micro_batch=self.batch, cache_bytes=0, **how,
         )  # fmt: skip
 
     def arms(self) -> list[Arm]:
