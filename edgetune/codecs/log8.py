@@ -21,15 +21,15 @@ from edgetune.errors import UsageError
 
 LOG8 = "log8"
 _UINT8, _INT32 = 2, 6  # onnx.TensorProto.UINT8 and INT32, which this room may not import
-_STEPS = 8
+STEPS = 8
 """To an octave."""
-_TOP, _NEGATIVE = 127, 128
-_TABLE = np.array(
-    [0.0 if code % _NEGATIVE == 0 else (-1.0) ** (code // _NEGATIVE) * 2.0 ** ((code % _NEGATIVE - _TOP) / _STEPS)
+TOP, NEGATIVE = 127, 128
+TABLE = np.array(
+    [0.0 if code % NEGATIVE == 0 else (-1.0) ** (code // NEGATIVE) * 2.0 ** ((code % NEGATIVE - TOP) / STEPS)
      for code in range(256)], np.float32,
 )  # fmt: skip
 """What a code stands for, in units of the largest magnitude: 0, and ± 2⁻¹⁵·⁷⁵ to 1."""
-_LEAST = float(np.finfo(np.float32).tiny)
+LEAST = float(np.finfo(np.float32).tiny)
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Log8(Narrow):
     storage: str = LOG8
 
     dtype = "uint8"
-    lost = (math.log(2.0) / _STEPS) ** 2 / 12
-    rounding = 2.0 ** (0.5 / _STEPS) - 1
+    lost = (math.log(2.0) / STEPS) ** 2 / 12
+    rounding = 2.0 ** (0.5 / STEPS) - 1
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -65,31 +65,31 @@ class Log8(Narrow):
     def rounded(self, value: Array) -> tuple[Array, Array]:
         """Return codes, and the largest magnitude."""
         magnitude = np.abs(value.astype(np.float32))
-        unit = np.array([max(float(magnitude.max(initial=0.0)), _LEAST)], np.float32)
+        unit = np.array([max(float(magnitude.max(initial=0.0)), LEAST)], np.float32)
         with np.errstate(divide="ignore"):
-            level = np.log(magnitude * (1 / unit)) * np.float32(_STEPS / math.log(2.0)) + np.float32(_TOP)
-        level = np.clip(np.round(level), 0, _TOP)
-        return (level + _NEGATIVE * (value < 0)).astype(np.uint8), unit
+            level = np.log(magnitude * (1 / unit)) * np.float32(STEPS / math.log(2.0)) + np.float32(TOP)
+        level = np.clip(np.round(level), 0, TOP)
+        return (level + NEGATIVE * (value < 0)).astype(np.uint8), unit
 
     def widened(self, value: Array, unit: Array) -> Array:
         """Return what the codes stand for."""
-        return np.asarray(_TABLE[value] * unit)
+        return np.asarray(TABLE[value] * unit)
 
     def emit_rounded(self, g: Emitter, value: str) -> list[str]:
         """Emit :meth:`rounded`."""
         least = g.op("ReduceMin", value, keepdims=0, hint="least")
-        largest = g.op("Max", g.op("ReduceMax", value, keepdims=0, hint="largest"), g.op("Neg", least), g.const(_LEAST))
+        largest = g.op("Max", g.op("ReduceMax", value, keepdims=0, hint="largest"), g.op("Neg", least), g.const(LEAST))
         unit = g.op("Reshape", largest, g.const([1]), hint="unit")
         inverse = g.op("Reciprocal", unit, hint="inverse")
         ratio = g.op("Mul", g.op("Abs", value, hint="magnitude"), inverse, hint="ratio")
-        level = g.op("Mul", g.op("Log", ratio, hint="log"), g.const(_STEPS / math.log(2.0)), hint="level")
-        level = g.op("Round", g.op("Add", level, g.const(float(_TOP)), hint="level"), hint="level")
-        level = g.op("Clip", level, g.const(0.0), g.const(float(_TOP)), hint="level")
+        level = g.op("Mul", g.op("Log", ratio, hint="log"), g.const(STEPS / math.log(2.0)), hint="level")
+        level = g.op("Round", g.op("Add", level, g.const(float(TOP)), hint="level"), hint="level")
+        level = g.op("Clip", level, g.const(0.0), g.const(float(TOP)), hint="level")
         sign = g.op("Cast", g.op("Less", value, g.const(0.0), hint="negative"), to=_UINT8, hint="sign")
-        sign = g.op("Mul", sign, g.const(np.array(_NEGATIVE, np.uint8)), hint="sign")
+        sign = g.op("Mul", sign, g.const(np.array(NEGATIVE, np.uint8)), hint="sign")
         return [g.op("BitwiseOr", g.op("Cast", level, to=_UINT8, hint="level"), sign, hint="code"), unit]
 
     def emit_widened(self, g: Emitter, value: str, unit: str, hint: str) -> str:
         """Emit one look at the table."""
         place = g.op("Cast", value, to=_INT32, hint="place")
-        return str(g.op("Mul", g.op("Gather", g.const(_TABLE), place, hint="wide"), unit, hint=hint))
+        return str(g.op("Mul", g.op("Gather", g.const(TABLE), place, hint="wide"), unit, hint=hint))

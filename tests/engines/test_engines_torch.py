@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import shutil
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -269,13 +270,14 @@ def setting() -> Setting:
     return Setting(18, lambda t: torch.from_numpy(np.array(numpy_helper.to_array(t))), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("codec", [*CODECS, "hosvd:cut=c"])
 def test_a_native_kernel_equals_the_body_that_it_stands_for(codec: str) -> None:
     bundle = bundle_of(codec)
     model = onnx.load_model(str(bundle.path / "train.onnx"), load_external_data=False)
     native = {f.name: native_kernel(f) for f in model.functions}
     names = [name for name in native if name.startswith("SignPack") or ("ConvWeightGrad" in name and "_k3x3_" in name)]
-    assert len(names) >= 3 and all(native[name] for name in names)
+    names += [name for name in native if re.match(r"Hosvd(?!_exact).*Encode_\d+x8x8_", name)]
+    assert len(names) >= 3 + codec.startswith("hosvd:") and all(native[name] for name in names)
     results = []
     for allowed in (False, True):
         runtime = TorchRuntime(bundle, device="cpu", native=allowed)

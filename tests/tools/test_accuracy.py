@@ -57,7 +57,8 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(accuracy, "LAST", 2)
     monkeypatch.setattr(accuracy_study, "CODECS", ("int8", "recompute", "dense"))
     monkeypatch.setattr(accuracy_study, "SHARES", (2,))
-    monkeypatch.setattr(accuracy_study, "PEAKS", ())
+    monkeypatch.setattr(accuracy_study, "PEAKS", (0.0,))
+    monkeypatch.setattr(accuracy_study, "measure_runtime_apart", lambda *_: 10**8)
     file, page = tmp_path / "runs.json", tmp_path / "accuracy.md"
     command = ["--task", "digits", "--seed", "0", "--steps", "3", "--json", str(file), "--markdown", str(page)]
     assert accuracy.main(command, in_this_process) == 0
@@ -69,8 +70,10 @@ def test_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert lossy["mask_bytes"] == dense["mask_bytes"] > 0
     planned = dense["codec_bytes"] + dense["mask_bytes"] + dense["other_bytes"]
     assert planned <= dense["held_bytes"] <= planned + 8192, "small blocks of the engine come on top"
-    mix = runs["planner's mix"]
+    mixes = {run["knob"]: run for run in data["runs"] if run["series"] == "planner's mix"}
+    mix = mixes["saved ≤ 1/2"]
     assert mix["codec_bytes"] <= dense["codec_bytes"] // 2 and "recompute" not in mix["choice"]
+    assert "recompute" in mixes["peak at 0%"]["choice"], "which an activation budget counts as nothing"
     assert data["bases"][0]["autograd_bytes"] > dense["codec_bytes"]
     assert all(run["peak_bytes"] >= 0 and 0 <= run["after"] <= 1 for run in data["runs"])
     assert dense["before"] == lossy["before"]

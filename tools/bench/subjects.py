@@ -235,7 +235,13 @@ SUBJECTS = {
     for subject in (
         Subject("resnet18", _resnet18, 224, (Phase(96, 300), Phase(224, 80, 16)), r"layer\d\.\d"),
         Subject("mobilenet_v2", _mobilenet_v2, 224, (Phase(96, 800, 32, 3e-3), Phase(224, 100, 16)), r"features\.\d+"),
-        Subject("mcunet", _mcunet, 160, (Phase(80, 600, 32, 3e-3), Phase(160, 60, 16, 3e-4)), r"blocks\.\d+"),
+        Subject(
+            "mcunet",
+            _mcunet,
+            160,
+            (Phase(80, 600, 32, 3e-3), Phase(160, 60, 16, 3e-4), Phase(160, 120, 16)),
+            r"blocks\.\d+",
+        ),
         Subject("vit", vit_tiny, 224, (Phase(224, 150, 16, 5e-4),), r"vit\.layers\.\d+"),
         Subject(
             "unet", unet, 128, (Phase(64, 400), Phase(128, 60, 16, 3e-4)), r"down\d|bottom|up\d|merge\d", segments=True

@@ -18,15 +18,19 @@ from torch.nn import functional
 from edgetune.codecs.base import Saved
 from edgetune.codecs.energy import TINY
 from edgetune.codecs.hosvd import MODES, Hosvd
+from edgetune.codecs.log8 import Log8
 from edgetune.codecs.subspace import EVEN, POLAR, ROUNDS, SHIFT
 from edgetune.engines.torch_ops.arena import empty
 from edgetune.engines.torch_ops.base import Call, Kernel
 from edgetune.engines.torch_ops.matrix import product
+from edgetune.engines.torch_ops.narrow import rounded
 
 MOST_POSITIONS = 100  # of a plane; on larger ones h and w are cheaper one after the other
 
-# Hosvd[_cut<letters>]Encode_<shape of a sample>_g<groups>
-_ENCODER = re.compile(r"Hosvd(_cut(?P<cut>[czhw]+))?Encode_(?P<shape>\d+x\d+x\d+)_g(?P<groups>\d+)")
+# Hosvd[_cut<letters>][_storagelog8]Encode_<shape of a sample>_g<groups>
+_ENCODER = re.compile(
+    r"Hosvd(_cut(?P<cut>[czhw]+))?(?P<narrow>_storagelog8)?Encode_(?P<shape>\d+x\d+x\d+)_g(?P<groups>\d+)"
+)
 
 
 def hosvd_encoder(function: FunctionProto) -> Kernel | None:
@@ -38,7 +42,8 @@ def hosvd_encoder(function: FunctionProto) -> Kernel | None:
     modes = Hosvd(found["cut"] or MODES).modes(Saved("", shape, groups))
     letters = [mode.letter for mode in modes if mode.letter != "b"]
     positions, channels = shape[1] * shape[2], shape[0] // groups
-    if len(function.input) != 2 + len(letters) or len(function.output) != 3 or positions > MOST_POSITIONS:
+    outputs = 4 if found["narrow"] else 3
+    if len(function.input) != 2 + len(letters) or len(function.output) != outputs or positions > MOST_POSITIONS:
         return None
 
     def encode(n: Call, x: Tensor, sketch: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
@@ -54,7 +59,11 @@ def hosvd_encoder(function: FunctionProto) -> Kernel | None:
         energy = (_square_norm(core) + TINY) / (_square_norm(x) + TINY)
         return factor, _contiguous(core.permute(1, 2, 3, 0, 4)), energy
 
-    return encode
+    def log8(n: Call, x: Tensor, sketch: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+        factor, core, energy = encode(n, x, sketch, *given)
+        return factor, *rounded(core), energy * (1.0 - Log8.lost)
+
+    return log8 if found["narrow"] else encode
 
 
 def _contiguous(x: Tensor) -> Tensor:

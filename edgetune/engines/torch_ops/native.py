@@ -16,6 +16,7 @@ from torch import Tensor
 
 from edgetune.engines.torch_ops.base import Call, Kernel, pad_spatial
 from edgetune.engines.torch_ops.factors import FactorTaps, hosvd_encoder
+from edgetune.engines.torch_ops.narrow import widened
 from edgetune.engines.torch_ops.tucker import stored_modes, tucker_encoder
 
 _PIECE_ELEMENTS = 1 << 18
@@ -30,10 +31,10 @@ def native_kernel(function: FunctionProto) -> Kernel | None:
     return None
 
 
-# ConvWeightGrad_<geometry>_w<outputs>x<inputs per group>_<codec>[_<letters of the bases>]
+# ConvWeightGrad_<geometry>_w<outputs>x<inputs per group>_<codec>[_<settings>][_<letters of the bases>]
 _WEIGHT_GRADIENT = re.compile(
     r"ConvWeightGrad_g(?P<g>\d+)_i(?P<i>[\dx]+)_k(?P<k>[\dx]+)_s(?P<s>[\dx]+)_d(?P<d>[\dx]+)_p(?P<p>[\dx]+)"
-    r"_w(?P<w>\d+x\d+)_(?P<codec>dense|svd|hosvd_exact|hosvd|asi)(?:_cut[czhw]+)?(?P<letters>(?:_[chw])*)"
+    r"_w(?P<w>\d+x\d+)_(?P<codec>dense|svd|hosvd_exact|hosvd|asi)(?:_cut[czhw]+)?(?P<narrow>_storagelog8)?(?P<letters>(?:_[chw])*)"
 )
 
 
@@ -54,7 +55,7 @@ def _weight_gradient(function: FunctionProto) -> Kernel | None:
     if exact:
         letters = [letter for letter in stored_modes([groups * each, *extents], groups) if letter != "b"]
     inputs = {"dense": 2, "svd": 3}.get(found["codec"], 3 + len(letters))
-    if len(function.input) != inputs or (exact and spatial != 2):
+    if len(function.input) != inputs + bool(found["narrow"]) or (exact and spatial != 2):
         return None
     kernel, strides, dilations, pads = (_numbers(found[key]) for key in "ksdp")
     factors = FactorTaps(extents, kernel, strides, dilations, pads, groups)
@@ -89,7 +90,14 @@ def _weight_gradient(function: FunctionProto) -> Kernel | None:
         return torch.matmul(bases["c"].unsqueeze(1), flat).reshape(shape)
 
     kernels: dict[str, Kernel] = {"dense": dense, "svd": svd, "hosvd": hosvd, "hosvd_exact": hosvd, "asi": hosvd}
-    return kernels[found["codec"]]
+    kernel_of = kernels[found["codec"]]
+
+    def log8(
+        n: Call, dy: Tensor, factor: Tensor, core: Tensor, unit: Tensor, *rest: Tensor
+    ) -> Tensor | tuple[Tensor, ...]:
+        return kernel_of(n, dy, factor, widened(core, unit), *rest)
+
+    return log8 if found["narrow"] else kernel_of
 
 
 def _batch_rank(factor: Tensor, dy: Tensor) -> Tensor:
