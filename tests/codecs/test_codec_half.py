@@ -184,7 +184,7 @@ def test_storage_tells_codecs_apart() -> None:
     [
         ("hosvd:storage=float8", "storage=float8 of the codec hosvd: choose one of: .*float16, .*log8"),
         ("recompute:storage=float16", "recompute stores nothing"),
-        ("hosvd:size=3", "the codec hosvd has no setting 'size'; it has: storage"),
+        ("hosvd:size=3", "the codec hosvd has no setting 'size'; it has: cut, storage"),
         ("patch:size=x", "size=x of the codec patch should be of the type int"),
         ("patch:edge=3", "it has: size, storage"),
         ("patch:size", "'size' in the codec 'patch:size' is no setting"),
